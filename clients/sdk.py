@@ -1,0 +1,162 @@
+"""The device: the only place that touches rows. It enforces its own ledger and takes no policy from a server."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+from torch import nn
+
+from fedinfer.data import Schema, Table, encode, heart_rows, heart_schema, read_schema, read_table
+from fedinfer.errors import BadInput, BadUsage, SchemaError, UnprotectedRefused
+from fedinfer.models import ModelSpec, build
+from fedinfer.privacy import NoiseStream, PrivacyLedger, insecure_seeded_noise, os_noise
+from fedinfer.training import StepReply, StepTask, private_step, unsafe_step
+
+log = logging.getLogger("fedinfer.device")
+BUNDLED = "heart-disease"
+# A scratch ledger keeps the books of an evaluation on public rows; it is no limit.
+SCRATCH_EPSILON, SCRATCH_DELTA = 1e9, 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """Where a device finds its rows, its public schema and its ledger.
+
+    `data` is a CSV file, or None for a hospital of the bundled public table (`partition`). `public_data` says that
+    the rows protect nobody: only then may the ledger be left out, and only then does the device train without a
+    plan. `insecure_seeded_noise` makes runs repeatable and ε void.
+    """
+
+    data: Path | None
+    partition: int = 0
+    schema: str = BUNDLED
+    ledger: Path | None = None
+    public_data: bool = False
+    insecure_seeded_noise: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if self.ledger is None and not self.public_data:
+            raise BadUsage(
+                'device: got no ledger, expected ledger="PATH" in the node configuration; '
+                "make one with `fedinfer ledger init PATH --epsilon E --delta D`"
+            )
+
+    @classmethod
+    def from_node(cls, node: Mapping[str, bool | float | int | str]) -> Self:
+        """Read a Flower node configuration: data, schema, ledger, public-data, insecure-seeded-noise, partition-id.
+
+        Raises: BadUsage for an unknown key or a value of another type.
+        """
+        kinds: dict[str, type] = {"data": str, "schema": str, "ledger": str, "public-data": bool}
+        kinds |= {"insecure-seeded-noise": str, "partition-id": int, "num-partitions": int}
+        for key, value in node.items():
+            if key not in kinds or type(value) is not kinds[key]:
+                raise BadUsage(
+                    f"node configuration: got {key} of type {type(value).__name__}, expected {sorted(kinds)}"
+                )
+        data, ledger = str(node.get("data", "")), str(node.get("ledger", ""))
+        return cls(
+            data=Path(data) if data else None,
+            partition=int(node.get("partition-id", 0)),
+            schema=str(node.get("schema", BUNDLED)),
+            ledger=Path(ledger) if ledger else None,
+            public_data=bool(node.get("public-data", False)) or not data,
+            insecure_seeded_noise=str(node.get("insecure-seeded-noise", "")),
+        )
+
+
+class Device:
+    """One data holder's rows and ledger, and what may be asked of them."""
+
+    def __init__(
+        self,
+        *,
+        table: Table,
+        schema: Schema,
+        ledger: PrivacyLedger,
+        public_data: bool = False,
+        insecure_seed: str = "",
+    ) -> None:
+        self._table = table
+        self._schema_digest = schema.digest()
+        self._width = schema.width
+        self._ledger = ledger
+        self._public_data = public_data
+        self._insecure_seed = insecure_seed
+        self._nets: dict[ModelSpec, nn.Module] = {}
+
+    @classmethod
+    def open(cls, config: DeviceConfig) -> Self:
+        """Read the schema, the ledger and the rows.
+
+        Raises: SchemaError or LedgerError for a file that cannot be used; nothing is spent.
+        """
+        schema = heart_schema() if config.schema == BUNDLED else read_schema(Path(config.schema))
+        if config.ledger is None:
+            ledger = PrivacyLedger.scratch(epsilon=SCRATCH_EPSILON, delta=SCRATCH_DELTA)
+        else:
+            ledger = PrivacyLedger.open(config.ledger)
+        return cls(
+            table=_read(config, schema),
+            schema=schema,
+            ledger=ledger,
+            public_data=config.public_data,
+            insecure_seed=config.insecure_seeded_noise,
+        )
+
+    def step(self, task: StepTask) -> StepReply:
+        """Answer one round: reserve in the ledger, then touch the rows, then commit.
+
+        Guarantees: without `public_data` nothing leaves but a release of the task's plan, charged to the ledger on
+        disk before a row is read for it.
+        Raises: BudgetExceeded, UnprotectedRefused or SchemaError before any row is read.
+        """
+        if task.schema_digest != self._schema_digest or task.spec.inputs != self._width:
+            raise SchemaError(
+                "task: got another schema than this device's, expected the same schema.toml on both sides"
+            )
+        if task.plan is None:
+            if not self._public_data:
+                raise UnprotectedRefused(
+                    "task: got no privacy plan, expected one; a device answers without only for public data"
+                )
+            return unsafe_step(task, self._net(task.spec), self._table)
+        stream = self._stream(task)
+        reservation = self._ledger.reserve(run=task.run, round=task.round, plan=task.plan, void=stream.void)
+        reply = private_step(task, self._net(task.spec), self._table, stream)
+        self._ledger.commit(reservation)
+        return reply
+
+    def _stream(self, task: StepTask) -> NoiseStream:
+        if not self._insecure_seed:
+            return os_noise()
+        return insecure_seeded_noise(f"{self._insecure_seed}/{task.round}")
+
+    def _net(self, spec: ModelSpec) -> nn.Module:
+        if spec not in self._nets:
+            self._nets[spec] = build(spec)
+        return self._nets[spec]
+
+
+def _read(config: DeviceConfig, schema: Schema) -> Table:
+    if config.data is not None:
+        return read_table(config.data, schema)
+    hospitals = list(heart_rows().values())
+    if not 0 <= config.partition < len(hospitals):
+        raise BadInput(f"partition: got {config.partition}, expected 0 to {len(hospitals) - 1} of the bundled table")
+    return encode(hospitals[config.partition], schema, with_target=True)
+
+
+def open_device(config: DeviceConfig) -> Device:
+    """Open a device, or take the one already open in this process if its files are the same."""
+    paths = (config.data, None if config.schema == BUNDLED else Path(config.schema))
+    stamps = tuple(path.stat().st_mtime_ns for path in paths if path is not None and path.exists())
+    return _open(config, stamps)
+
+
+@lru_cache(maxsize=16)
+def _open(config: DeviceConfig, stamps: tuple[int, ...]) -> Device:
+    return Device.open(config)

@@ -1,0 +1,105 @@
+"""Flower messages to our dataclasses and back, in one place."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
+
+from fedinfer.arrays import Vector
+from fedinfer.errors import FedinferError, WireError
+from fedinfer.models import ModelSpec
+from fedinfer.privacy import PrivacyPlan
+from fedinfer.training import StepReply, StepTask
+
+STEP = "train.step"
+MAX_WEIGHTS = 1 << 26
+
+
+def task_to_content(task: StepTask) -> RecordDict:
+    """The content of a `STEP` message."""
+    fields: dict[str, ConfigRecordValues] = {
+        "run": task.run,
+        "round": task.round,
+        "family": task.spec.family,
+        "inputs": task.spec.inputs,
+        "hidden": task.spec.hidden,
+        "schema": task.schema_digest,
+    }
+    if task.plan is not None:
+        fields["plan"] = json.dumps(task.plan.to_json())
+    return RecordDict({"task": ConfigRecord(fields), "weights": ArrayRecord([task.weights])})
+
+
+def task_from_content(content: RecordDict) -> StepTask:
+    """Read the content of a `STEP` message.
+
+    Raises: WireError if it is not one; BadUsage if a field cannot be.
+    """
+    try:
+        fields = content.config_records["task"]
+        spec = ModelSpec(
+            family=_typed(fields, "family", str),
+            inputs=_typed(fields, "inputs", int),
+            hidden=_typed(fields, "hidden", int),
+        )
+        plan = _typed(fields, "plan", str) if "plan" in fields else None
+        return StepTask(
+            run=_typed(fields, "run", str),
+            round=_typed(fields, "round", int),
+            spec=spec,
+            schema_digest=_typed(fields, "schema", str),
+            weights=_vector(content, "weights"),
+            plan=PrivacyPlan.from_json(json.loads(plan)) if plan is not None else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"task message: expected a field or a type that is not there ({error})") from None
+
+
+def reply_to_content(reply: StepReply) -> RecordDict:
+    """The content of the answer to a `STEP` message."""
+    metrics = MetricRecord({"weight": reply.weight, "void": int(reply.void)})
+    return RecordDict({"gradient": ArrayRecord([reply.gradient]), "reply": metrics})
+
+
+def reply_from_content(content: RecordDict) -> StepReply:
+    """Read the answer to a `STEP` message.
+
+    Raises: WireError if it is not one, or holds numbers that are not finite.
+    """
+    try:
+        metrics = content.metric_records["reply"]
+        weight = float(_typed(metrics, "weight", float))
+        gradient = _vector(content, "gradient")
+        if not np.isfinite(gradient).all() or not np.isfinite(weight) or weight < 0.0:
+            raise WireError("reply: got NaN, infinity or a negative weight")
+        return StepReply(gradient=gradient, weight=weight, void=bool(_typed(metrics, "void", int)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"reply message: expected a field or a type that is not there ({error})") from None
+
+
+def error_to_content(error: BaseException) -> RecordDict:
+    """What a device tells the server of an error: its kind, never its text, which may speak of rows or paths."""
+    kind = type(error).__name__ if isinstance(error, FedinferError) else "InternalError"
+    return RecordDict({"error": ConfigRecord({"kind": kind})})
+
+
+def error_kind(content: RecordDict) -> str | None:
+    """The kind of error in a device's answer, or None if it is not an error."""
+    record = content.config_records.get("error")
+    return None if record is None else str(record.get("kind", "InternalError"))
+
+
+def _typed(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = fields[name]
+    if type(value) is not kind:
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {kind.__name__}")
+    return value
+
+
+def _vector(content: RecordDict, name: str) -> Vector:
+    (array,) = content.array_records[name].to_numpy_ndarrays()
+    if array.dtype != np.float32 or array.ndim != 1 or len(array) > MAX_WEIGHTS:
+        raise WireError(f"{name}: got {array.dtype} of shape {array.shape}, expected float32 (d,)")
+    return array

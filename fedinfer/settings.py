@@ -1,0 +1,138 @@
+"""The settings of a training run, parsed once at the edge from Flower's flat run configuration."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from fedinfer.data import Schema, heart_schema, read_schema
+from fedinfer.errors import BadUsage
+from fedinfer.models import ModelSpec
+from fedinfer.privacy import PrivacyPlan
+from fedinfer.privacy.plan import check_delta, check_epsilon, check_positive
+from fedinfer.rules import ServerRule, rule_named
+
+BUNDLED_SCHEMA = "heart-disease"
+Flat = Mapping[str, bool | float | int | str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run. Every field is public, and so is each default: none was chosen on private rows.
+
+    `examples_per_client` is the public constant that a device's noised sum is divided by (times the sampling rate);
+    it need not be right. `spare_steps` are releases that the plan pays for beyond `rounds`, so that a round
+    interrupted by a crash can be repeated. `average_last` is the share of the last rounds whose weights are averaged.
+    """
+
+    schema: str = BUNDLED_SCHEMA
+    model: str = "logistic"
+    hidden: int = 16
+    model_seed: int = 0
+    rounds: int = 40
+    epsilon: float = 2.0
+    delta: float = 1e-5
+    unsafe_no_privacy: bool = False
+    sampling_rate: float = 0.5
+    clip_norm: float = 1.0
+    examples_per_client: int = 200
+    spare_steps: int = 2
+    rule: str = "fedsgd"
+    learning_rate: float = 4.0
+    momentum: float = 0.5
+    average_last: float = 0.5
+    min_devices: int = 2
+    timeout_s: float = 600.0
+    run: str = ""
+    checkpoint: str = ""
+    resume: bool = False
+    out: str = ""
+    keep_trajectory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise BadUsage(f"rounds: got {self.rounds}, expected at least 1")
+        if self.spare_steps < 0:
+            raise BadUsage(f"spare steps: got {self.spare_steps}, expected at least 0")
+        if self.examples_per_client < 1:
+            raise BadUsage(f"examples per client: got {self.examples_per_client}, expected at least 1")
+        if self.min_devices < 1:
+            raise BadUsage(f"devices: got a minimum of {self.min_devices}, expected at least 1")
+        if not 0.0 <= self.average_last <= 1.0:
+            raise BadUsage(f"average-last: got {self.average_last}, expected 0 to 1")
+        if not 0.0 <= self.momentum < 1.0:
+            raise BadUsage(f"momentum: got {self.momentum}, expected 0 to below 1")
+        check_positive("learning rate", self.learning_rate)
+        check_positive("timeout", self.timeout_s)
+        if not self.unsafe_no_privacy:
+            check_epsilon(self.epsilon)
+            check_delta(self.delta)
+        if self.resume and not self.checkpoint:
+            raise BadUsage("resume: got no checkpoint to resume from, expected checkpoint = FILE")
+        self.server_rule()
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> Self:
+        """Read Flower's run configuration: the names of the fields, with hyphens; integers may stand for floats.
+
+        Raises: BadUsage for an unknown name, a wrong type or a value that cannot be.
+        """
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in flat.items():
+            name = key.replace("-", "_")
+            if name not in kinds:
+                raise BadUsage(f"run configuration: got unknown key {key!r}, expected {', '.join(sorted(kinds))}")
+            kind = kinds[name]
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind:
+                raise BadUsage(f"{key}: got {type(value).__name__}, expected {kind.__name__}")
+            values[name] = value
+        return cls(**values)
+
+    def to_flat(self) -> dict[str, bool | float | int | str]:
+        """The run configuration that `from_flat` reads back."""
+        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides the weights: a checkpoint continues only the run that it came from."""
+        free = {"min_devices", "timeout_s", "run", "checkpoint", "resume", "out", "keep_trajectory", "schema"}
+        values = {name: value for name, value in asdict(self).items() if name not in free}
+        values["schema_digest"] = self.public_schema.digest()
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def public_schema(self) -> Schema:
+        """The schema of the run: the bundled one by name, or a file."""
+        return heart_schema() if self.schema == BUNDLED_SCHEMA else read_schema(Path(self.schema))
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The public shape of the model."""
+        return ModelSpec(family=self.model, inputs=self.public_schema.width, hidden=self.hidden)
+
+    @cached_property
+    def plan(self) -> PrivacyPlan | None:
+        """The plan that every device runs and charges whole, or None without privacy."""
+        if self.unsafe_no_privacy:
+            return None
+        return PrivacyPlan.calibrate(
+            epsilon=self.epsilon,
+            delta=self.delta,
+            steps=self.rounds + self.spare_steps,
+            sampling_rate=self.sampling_rate,
+            clip_norm=self.clip_norm,
+            divisor=self.sampling_rate * self.examples_per_client,
+        )
+
+    def server_rule(self) -> ServerRule:
+        """The rule that turns a round's mean into new weights."""
+        return rule_named(self.rule, learning_rate=self.learning_rate, momentum=self.momentum)
+
+    def averages(self, round: int) -> bool:
+        """Whether the weights after `round` belong to the average."""
+        return round > self.rounds * (1.0 - self.average_last)

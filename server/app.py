@@ -1,0 +1,70 @@
+"""The Flower ServerApp: parse the settings once, run the rounds, keep a checkpoint, write the model."""
+
+import json
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedinfer.arrays import unflatten
+from fedinfer.data import to_json
+from fedinfer.models import Model, build, save
+from fedinfer.settings import RunConfig
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .rounds import RoundState, first_state, rounds
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train one model; what it learnt is in `context.state`: "weights", "trajectory" (rounds + 1, d) and "result"."""
+    config = RunConfig.from_flat(context.run_config)
+    checkpoint = Path(config.checkpoint) if config.checkpoint else None
+    if config.resume and checkpoint is not None:
+        start = load_checkpoint(checkpoint, config_digest=config.digest())
+    else:
+        start = first_state(config, config.run or secrets.token_hex(8))
+    state = start
+    trajectory = [start.model_weights]
+    for state in rounds(grid, config, start):
+        if checkpoint is not None:
+            save_checkpoint(state, checkpoint, config_digest=config.digest())
+        if config.keep_trajectory:
+            trajectory.append(state.model_weights)
+    if config.out:
+        save(trained_model(config, state), Path(config.out))
+    context.state["weights"] = ArrayRecord([state.model_weights])
+    context.state["trajectory"] = ArrayRecord([np.stack(trajectory)])
+    result = {"run": state.run, "resumed_from": start.round, "rounds": [asdict(record) for record in state.history]}
+    context.state["result"] = ConfigRecord({"json": json.dumps(result)})
+
+
+def trained_model(config: RunConfig, state: RoundState) -> Model:
+    """The model of `state` with its report card."""
+    plan, schema = config.plan, config.public_schema
+    void = any(record.void for record in state.history)
+    card = {
+        "run": state.run,
+        "rounds": state.round,
+        "epsilon": None if plan is None or void else plan.epsilon(),
+        "delta": None if plan is None or void else plan.delta,
+        "void": void,
+        "unit": "example",
+        "relation": "add or remove one",
+        "adversary": "whoever sees every release of a device, the server included",
+        "accountant": "dp-accounting PLD, Poisson-subsampled Gaussian",
+        "plan": None if plan is None else plan.to_json(),
+    }
+    return Model(
+        spec=config.spec,
+        state=unflatten(state.model_weights, build(config.spec).state_dict()),
+        schema=to_json(schema),
+        schema_digest=schema.digest(),
+        labels=schema.target.labels,
+        privacy=card,
+    )
