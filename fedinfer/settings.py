@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ class RunConfig:
 
     `examples_per_client` is the public constant that a device's noised sum is divided by (times the sampling rate);
     it need not be right. `spare_steps` are releases that the plan pays for beyond `rounds`, so that a round
-    interrupted by a crash can be repeated. `average_last` is the share of the last rounds whose weights are averaged.
+    interrupted by a crash can be repeated. `experiments/choose_settings.py` is where the defaults come from.
     """
 
     schema: str = BUNDLED_SCHEMA
@@ -41,9 +41,9 @@ class RunConfig:
     examples_per_client: int = 200
     spare_steps: int = 2
     rule: str = "fedsgd"
-    learning_rate: float = 4.0
-    momentum: float = 0.5
-    average_last: float = 0.5
+    learning_rate: float = 0.5
+    momentum: float = 0.8
+    weight_decay: float = 0.0
     min_devices: int = 2
     timeout_s: float = 600.0
     run: str = ""
@@ -61,10 +61,10 @@ class RunConfig:
             raise BadUsage(f"examples per client: got {self.examples_per_client}, expected at least 1")
         if self.min_devices < 1:
             raise BadUsage(f"devices: got a minimum of {self.min_devices}, expected at least 1")
-        if not 0.0 <= self.average_last <= 1.0:
-            raise BadUsage(f"average-last: got {self.average_last}, expected 0 to 1")
         if not 0.0 <= self.momentum < 1.0:
             raise BadUsage(f"momentum: got {self.momentum}, expected 0 to below 1")
+        if not 0.0 <= self.weight_decay < 1.0:
+            raise BadUsage(f"weight-decay: got {self.weight_decay}, expected 0 to below 1")
         check_positive("learning rate", self.learning_rate)
         check_positive("timeout", self.timeout_s)
         if not self.unsafe_no_privacy:
@@ -133,6 +133,6 @@ class RunConfig:
         """The rule that turns a round's mean into new weights."""
         return rule_named(self.rule, learning_rate=self.learning_rate, momentum=self.momentum)
 
-    def averages(self, round: int) -> bool:
-        """Whether the weights after `round` belong to the average."""
-        return round > self.rounds * (1.0 - self.average_last)
+    def without_privacy(self) -> Self:
+        """The same run without clipping and noise, with the momentum and weight decay that suit exact gradients."""
+        return replace(self, unsafe_no_privacy=True, momentum=0.9, weight_decay=0.003)

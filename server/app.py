@@ -30,15 +30,15 @@ def main(grid: Grid, context: Context) -> None:
     else:
         start = first_state(config, config.run or secrets.token_hex(8))
     state = start
-    trajectory = [start.model_weights]
+    trajectory = [start.weights]
     for state in rounds(grid, config, start):
         if checkpoint is not None:
             save_checkpoint(state, checkpoint, config_digest=config.digest())
         if config.keep_trajectory:
-            trajectory.append(state.model_weights)
+            trajectory.append(state.weights)
     if config.out:
         save(trained_model(config, state), Path(config.out))
-    context.state["weights"] = ArrayRecord([state.model_weights])
+    context.state["weights"] = ArrayRecord([state.weights])
     context.state["trajectory"] = ArrayRecord([np.stack(trajectory)])
     result = {"run": state.run, "resumed_from": start.round, "rounds": [asdict(record) for record in state.history]}
     context.state["result"] = ConfigRecord({"json": json.dumps(result)})
@@ -62,7 +62,7 @@ def trained_model(config: RunConfig, state: RoundState) -> Model:
     }
     return Model(
         spec=config.spec,
-        state=unflatten(state.model_weights, build(config.spec).state_dict()),
+        state=unflatten(state.weights, build(config.spec).state_dict()),
         schema=to_json(schema),
         schema_digest=schema.digest(),
         labels=schema.target.labels,

@@ -25,11 +25,9 @@ def save_checkpoint(state: RoundState, path: Path, *, config_digest: str) -> Non
         "config": config_digest,
         "run": state.run,
         "round": state.round,
-        "averaged": state.averaged,
         "history": [asdict(record) for record in state.history],
     }
-    vectors = {"weights": state.weights, "average": state.average}
-    vectors |= {RULE + name: vector for name, vector in state.rule_state.items()}
+    vectors = {"weights": state.weights} | {RULE + name: vector for name, vector in state.rule_state.items()}
     arrays = {name: np.ascontiguousarray(vector) for name, vector in vectors.items()}
     replace_file(path, to_bytes(arrays, metadata={KEY: json.dumps(header)}))
 
@@ -58,8 +56,6 @@ def load_checkpoint(path: Path, *, config_digest: str) -> RoundState:
             round=header["round"],
             weights=vectors["weights"],
             rule_state={name.removeprefix(RULE): v for name, v in vectors.items() if name.startswith(RULE)},
-            average=vectors["average"],
-            averaged=header["averaged"],
             history=tuple(RoundRecord(**record) for record in header["history"]),
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -43,14 +43,7 @@ class RoundState:
     round: int
     weights: Vector = field(repr=False)
     rule_state: RuleState = field(repr=False)
-    average: Vector = field(repr=False)
-    averaged: int
     history: tuple[RoundRecord, ...] = field(repr=False)
-
-    @property
-    def model_weights(self) -> Vector:
-        """The weights to use: the average of the last rounds where there is one."""
-        return self.average if self.averaged else self.weights
 
 
 def first_state(config: RunConfig, run: str) -> RoundState:
@@ -61,8 +54,6 @@ def first_state(config: RunConfig, run: str) -> RoundState:
         round=0,
         weights=weights,
         rule_state=config.server_rule().init(weights),
-        average=np.zeros_like(weights),
-        averaged=0,
         history=(),
     )
 
@@ -90,25 +81,23 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
     """
     devices = wait_for_devices(grid, config)
     rule = config.server_rule()
+    schema_digest = config.public_schema.digest()
     while state.round < config.rounds:
         started = time.monotonic()
         task = StepTask(
             run=state.run,
             round=state.round + 1,
             spec=config.spec,
-            schema_digest=config.public_schema.digest(),
+            schema_digest=schema_digest,
             weights=state.weights,
             plan=config.plan,
         )
         content = task_to_content(task)
         messages = [Message(content, device, STEP, group_id=str(task.round)) for device in devices]
         replies, bytes_up = _collect(grid, messages, config, task)
-        mean = _mean(replies)
+        # Weight decay is of the public weights: it costs no privacy.
+        mean = _mean(replies) + np.float32(config.weight_decay) * state.weights
         weights, rule_state = rule.step(state.weights, mean, state.rule_state)
-        average, averaged = state.average, state.averaged
-        if config.averages(task.round):
-            averaged += 1
-            average = average + (weights - average) / np.float32(averaged)
         record = RoundRecord(
             round=task.round,
             devices=len(replies),
@@ -123,8 +112,6 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
             round=task.round,
             weights=weights,
             rule_state=rule_state,
-            average=average,
-            averaged=averaged,
             history=(*state.history, record),
         )
         yield state

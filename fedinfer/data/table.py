@@ -1,8 +1,8 @@
 """Rows of text to features and labels, by a public schema and nothing else.
 
 A number becomes its place in the public range, from -1 to 1, and 0 where it is missing, with a flag of its own; a
-category becomes one-hot, with a flag for missing; the row is then scaled to unit L2 norm, so that no row can push a
-gradient further than another. An error names the line and the column, never the value: a row is somebody's secret.
+category becomes one-hot, with a flag for missing. An error names the line and the column, never the value: a row is
+somebody's secret.
 """
 
 import csv
@@ -45,7 +45,7 @@ class Table:
 def encode(rows: Sequence[Row], schema: Schema, *, with_target: bool, first_line: int = 2) -> Table:
     """Encode rows of text; `first_line` is the line of the first one in its file.
 
-    Guarantees: each row of `features` has L2 norm 1 (to float32) whatever the text, and depends on that row alone.
+    Guarantees: every feature lies in [-1, 1] whatever the text, and a row's features depend on that row alone.
     Raises: SchemaError with line and column for the first value that the schema does not allow.
     """
     features = np.zeros((len(rows), schema.width), np.float32)
@@ -69,8 +69,6 @@ def encode(rows: Sequence[Row], schema: Schema, *, with_target: bool, first_line
                 cells[_category(text, column, where)] = 1.0
         if with_target:
             labels[index] = _label(row.get(schema.target.column), schema.target, first_line + index)
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    features /= np.where(norms > 0.0, norms, 1.0)
     return Table(features=features, labels=labels, clamped={name: n for name, n in clamped.items() if n})
 
 

@@ -1,0 +1,237 @@
+"""The commands and their options: parsed here, done elsewhere."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import click
+import typer
+
+from fedinfer import __version__
+from fedinfer.errors import BadUsage, FedinferError
+
+app = typer.Typer(
+    name="fedinfer",
+    help="Train together under differential privacy, predict on the device, ask under encryption.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ledger_app = typer.Typer(
+    help="The privacy ledger: the data holder's budget and what was released against it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(ledger_app, name="ledger")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file made by `fedinfer train`.")]
+Rows = Annotated[str, typer.Argument(metavar="FILE.csv|-", help="Rows with a header line; - reads standard input.")]
+Out = Annotated[Optional[Path], typer.Option("-o", "--out", help="Write CSV here instead of to the screen.")]  # noqa: UP045
+SchemaPath = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--schema", help="Check that the model is for this schema.toml."),
+]
+
+
+def main() -> None:
+    """Run the command line; exit 1 for what went wrong, 2 for bad usage, 130 when interrupted."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except FedinferError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"fedinfer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example:  fedinfer demo --fast --out demo-out")
+def demo(
+    rounds: Annotated[int, typer.Option(help="Training rounds.")] = 0,
+    epsilon: Annotated[float, typer.Option(help="Privacy budget ε of the headline run, per patient.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Which rows are held out. Never seeds noise or sampling.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report, the model and the ledgers.")] = Path(
+        "demo-out"
+    ),
+    fast: Annotated[bool, typer.Option("--fast", help="Four splits instead of twenty: at most 20 seconds.")] = False,
+    json: Json = False,
+) -> None:
+    """Four real hospitals train one model, a device predicts offline, a query is answered under encryption."""
+    from fedinfer.cli.demo import run_demo
+
+    run_demo(rounds=rounds or None, epsilon=epsilon, seed=seed, out=out, fast=fast, as_json=json)
+
+
+@app.command(epilog="Example:  fedinfer schema hospitals/ --target num --out schema.toml")
+def schema(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with one CSV file per client.")],
+    target: Annotated[str, typer.Option(help="The column to predict.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the draft.")] = Path("schema.toml"),
+    unsafe_from_data: Annotated[
+        bool, typer.Option("--unsafe-from-data", help="Read ranges and categories off the rows, which releases them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Draft schema.toml from column names and types; a human fills in the public ranges and categories."""
+    from fedinfer.cli.draft import draft_schema
+
+    draft_schema(folder, target=target, out=out, unsafe_from_data=unsafe_from_data, as_json=json)
+
+
+@app.command(epilog="Example:  fedinfer train hospitals/ --schema schema.toml --out model.safetensors --epsilon 2")
+def train(
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="[DIR]", help="A folder with one CSV file per client, each with its NAME.ledger."),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the model.")] = Path("model.safetensors"),
+    schema: Annotated[Optional[Path], typer.Option(help="The public schema.toml.")] = None,  # noqa: UP045
+    data: Annotated[str, typer.Option(help="Bundled public data instead of DIR: heart-disease.")] = "",
+    model: Annotated[str, typer.Option(help="Model family: logistic or mlp.")] = "logistic",
+    epsilon: Annotated[float, typer.Option(help="ε per example, for the whole run.")] = 2.0,
+    delta: Annotated[float, typer.Option(help="δ of the guarantee.")] = 1e-5,
+    rounds: Annotated[int, typer.Option(help="Training rounds.")] = 0,
+    seed: Annotated[int, typer.Option(help="Starting weights. Never seeds noise or sampling.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
+    unsafe_no_privacy: Annotated[
+        bool, typer.Option("--unsafe-no-privacy", help="No clipping, no noise, no ledger: for public data.")
+    ] = False,
+    insecure_seeded_noise: Annotated[
+        str, typer.Option(help="Repeatable noise from this text, for exact comparisons: ε is void.")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Train one model over many clients' CSV files under differential privacy, in this process."""
+    from fedinfer.cli.train import train_model
+
+    train_model(
+        folder,
+        schema=schema,
+        data=data,
+        out=out,
+        family=model,
+        epsilon=epsilon,
+        delta=delta,
+        rounds=rounds or None,
+        seed=seed,
+        resume=resume,
+        unsafe_no_privacy=unsafe_no_privacy,
+        insecure_seed=insecure_seeded_noise,
+        as_json=json,
+    )
+
+
+@app.command(epilog="Example:  fedinfer evaluate model.safetensors hospitals/")
+def evaluate(
+    model: ModelPath,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of CSV files, or one file.")],
+    schema: SchemaPath = None,
+    json: Json = False,
+) -> None:
+    """Raw accuracy and AUC on rows that you hold. Sharing them releases something of those rows."""
+    from fedinfer.cli.local import evaluate_model
+
+    evaluate_model(model, folder, schema_path=schema, as_json=json)
+
+
+@app.command(epilog="Example:  fedinfer predict model.safetensors patients.csv -o answers.csv")
+def predict(model: ModelPath, rows: Rows, out: Out = None, schema: SchemaPath = None, json: Json = False) -> None:
+    """Label rows with a saved model, on this machine alone."""
+    from fedinfer.cli.local import predict_rows
+
+    predict_rows(model, rows, out=out, schema_path=schema, as_json=json)
+
+
+@app.command(epilog="Example:  fedinfer serve model.safetensors --port 8080")
+def serve(
+    model: ModelPath,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080,
+    json: Json = False,
+) -> None:
+    """Answer encrypted queries over HTTP: the server sees neither the question nor the answer."""
+    from fedinfer.cli.query import serve_model
+
+    serve_model(model, host=host, port=port, as_json=json)
+
+
+@app.command(epilog="Example:  fedinfer ask http://127.0.0.1:8080 patients.csv -o answers.csv")
+def ask(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where `fedinfer serve` listens.")],
+    rows: Rows,
+    out: Out = None,
+    schema: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Check that the server's model is for this schema.toml."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Ask a served model about rows, under encryption; keys and answers stay here."""
+    from fedinfer.cli.query import ask_rows
+
+    ask_rows(url, rows, out=out, schema_path=schema, as_json=json)
+
+
+LedgerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A ledger file.")]
+
+
+@ledger_app.command("init", epilog="Example:  fedinfer ledger init cleveland.ledger --epsilon 4 --delta 1e-5")
+def ledger_init(
+    path: LedgerPath,
+    epsilon: Annotated[float, typer.Option(help="The whole budget ε that may ever be spent.")],
+    delta: Annotated[float, typer.Option(help="The whole budget δ.")],
+    json: Json = False,
+) -> None:
+    """Enrol a data set: set its budget, once. Its id is random and says nothing about the rows."""
+    from fedinfer.cli.books import init_ledger
+
+    init_ledger(path, epsilon=epsilon, delta=delta, as_json=json)
+
+
+@ledger_app.command("show", epilog="Example:  fedinfer ledger show cleveland.ledger")
+def ledger_show(path: LedgerPath, json: Json = False) -> None:
+    """Print the budget and each run charged to it."""
+    from fedinfer.cli.books import show_ledger
+
+    show_ledger(path, as_json=json)
+
+
+@ledger_app.command("verify", epilog="Example:  fedinfer ledger verify cleveland.ledger")
+def ledger_verify(path: LedgerPath, json: Json = False) -> None:
+    """Check the file and its chain of hashes."""
+    from fedinfer.cli.books import verify_ledger
+
+    verify_ledger(path, as_json=json)
+
+
+def check_rounds(rounds: int | None) -> None:
+    """Raises: BadUsage for a number of rounds below one."""
+    if rounds is not None and rounds < 1:
+        raise BadUsage(f"rounds: got {rounds}, expected at least 1")
