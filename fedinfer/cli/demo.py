@@ -1,0 +1,226 @@
+"""`fedinfer demo`: the three walks, one after another, on four real hospitals, and a report of what happened."""
+
+import os
+import platform
+import resource
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from fedinfer.cli.console import note, progress, show_json
+from fedinfer.cli.evaluation import Evaluation, write_rows
+from fedinfer.cli.main import check_rounds
+from fedinfer.cli.parts import part
+from fedinfer.cli.query import start_server
+from fedinfer.cli.train import Node, open_ledgers, run_result
+from fedinfer.data import Row, encode, heart_rows, heart_schema, stratified_quarters
+from fedinfer.data.heart import SCHEMA_PATH
+from fedinfer.errors import CheckpointError
+from fedinfer.privacy import PrivacyLedger
+from fedinfer.report import write_report
+from fedinfer.settings import RunConfig
+from fedinfer.simulation import run_in_process
+
+EPSILONS = (8.0, 4.0, 2.0, 1.0)
+SEEDS, FAST_SEEDS = 5, 1
+QUERIES, FAST_QUERIES = 32, 8
+LOCAL_REPEATS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hospital:
+    """One device of the headline run: its own folder with its rows and its ledger, and rows held out."""
+
+    name: str
+    folder: Path
+    test: Sequence[Row]
+
+    @property
+    def node(self) -> Node:
+        return {"data": str(self.folder / "train.csv"), "schema": str(SCHEMA_PATH), "ledger": str(self.ledger)}
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.sqlite"
+
+
+def run_demo(*, rounds: int | None, epsilon: float, seed: int, out: Path, fast: bool, as_json: bool) -> None:
+    """Train, predict, ask, report. Interrupted, the same command goes on from the last whole round."""
+    check_rounds(rounds)
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    config = RunConfig(
+        schema=str(SCHEMA_PATH),
+        rounds=RunConfig.rounds if rounds is None else rounds,
+        epsilon=epsilon,
+        min_devices=4,
+        checkpoint=str(out / "checkpoint.safetensors"),
+        out=str(out / "model.safetensors"),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    config = _resume_or_start(config, seed)
+    hospitals = enrol(config, out / "devices" / config.run, seed)
+    evaluation = Evaluation(
+        seeds=range(seed, seed + (FAST_SEEDS if fast else SEEDS)), epsilons=EPSILONS, rounds=config.rounds
+    )
+    with progress() as display:
+        headline = _train(config, hospitals, display)
+        with start_server(Path(config.out)) as wait_for_url:
+            _evaluate(evaluation, display)
+            local = _predict_locally(Path(config.out), hospitals)
+            encrypted = _ask(wait_for_url(), Path(config.out), hospitals, FAST_QUERIES if fast else QUERIES)
+    report = {
+        "title": "Four hospitals, one heart-disease model",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["fedinfer", *sys.argv[1:]]),
+        "fedinfer": version("fedinfer"),
+        "environment": _environment(started),
+        "headline": headline,
+        "ledgers": [_ledger(hospital) for hospital in hospitals],
+        "evaluation": evaluation.to_json(),
+        "local_inference": local,
+        "encrypted_query": encrypted,
+    }
+    _, page = write_report(report, out)
+    if as_json:
+        show_json(report)
+    else:
+        _show(report, page)
+
+
+def _resume_or_start(config: RunConfig, seed: int) -> RunConfig:
+    """Go on with an unfinished run of the same settings and held-out rows, or name a new one."""
+    suffix = f"-seed{seed}"
+    try:
+        state = part("server.checkpoint").load_checkpoint(Path(config.checkpoint), config_digest=config.digest())
+    except CheckpointError:
+        return replace(config, run=secrets.token_hex(4) + suffix)
+    if not state.run.endswith(suffix) or state.round >= config.rounds:
+        return replace(config, run=secrets.token_hex(4) + suffix)
+    note(f"going on from round {state.round} of run {state.run}")
+    return replace(config, run=state.run, resume=True)
+
+
+def enrol(config: RunConfig, folder: Path, seed: int) -> list[Hospital]:
+    """Lay out one folder for each hospital: its training rows and a ledger with the asked budget."""
+    hospitals = []
+    for name, rows in heart_rows().items():
+        train, test = next(stratified_quarters([int(row["num"] != "0") for row in rows], seed=seed))
+        place = folder / name.lower().replace(" ", "-")
+        write_rows(place / "train.csv", [rows[i] for i in train])
+        hospitals.append(Hospital(name=name, folder=place, test=[rows[i] for i in test]))
+    open_ledgers(config, [hospital.ledger for hospital in hospitals], announce=False)
+    return hospitals
+
+
+def _train(config: RunConfig, hospitals: Sequence[Hospital], display: Progress) -> dict[str, Any]:
+    task = display.add_task(f"training together, ε = {config.epsilon:g}", total=config.rounds * len(hospitals))
+    started = time.monotonic()
+    try:
+        context = run_in_process(
+            part("server.app").app,
+            part("clients.app").app,
+            nodes=[hospital.node for hospital in hospitals],
+            run_config=config.to_flat(),
+            progress=lambda _round, _node: display.advance(task),
+        )
+    except KeyboardInterrupt:
+        note("stopped; the ledgers are whole, and the same command goes on from the last whole round")
+        raise
+    Path(config.checkpoint).unlink()
+    display.update(task, completed=config.rounds * len(hospitals))
+    result = run_result(context)
+    plan = config.plan
+    assert plan is not None
+    rounds = result["rounds"]
+    sent = {key: sum(record[key] for record in rounds) / len(hospitals) for key in ("bytes_up", "bytes_down")}
+    return {
+        "hospitals": [{"name": hospital.name, "releases": len(rounds), **sent} for hospital in hospitals],
+        "epsilon": plan.epsilon(),
+        "delta": plan.delta,
+        "unit": "patient",
+        "relation": "add or remove one patient",
+        "adversary": "whoever sees every release of a hospital, the server included",
+        "sampling_rate": plan.sampling_rate,
+        "noise_multiplier": plan.noise_multiplier,
+        "clip_norm": plan.clip_norm,
+        "rounds": rounds,
+        "seconds": time.monotonic() - started,
+        "resumed_from": result["resumed_from"] or None,
+        "epsilon_void": any(record["void"] for record in rounds),
+        "model": config.out,
+    }
+
+
+def _evaluate(evaluation: Evaluation, display: Progress) -> None:
+    task = display.add_task("evaluating on public data", total=evaluation.steps)
+    evaluation.run(lambda: display.advance(task))
+
+
+def _predict_locally(model: Path, hospitals: Sequence[Hospital]) -> dict[str, Any]:
+    local = part("clients.local").LocalModel.open(model)
+    rows = [row for hospital in hospitals for row in hospital.test]
+    times_ms = []
+    for index in range(LOCAL_REPEATS):
+        began = time.perf_counter()
+        local.answer([rows[index % len(rows)]])
+        times_ms.append((time.perf_counter() - began) * 1e3)
+    examples = local.answer(rows[:5])
+    return {
+        "rows": len(rows),
+        "p50_ms": statistics.median(times_ms),
+        "p99_ms": float(np.percentile(times_ms, 99)),
+        "threshold": local.model.threshold,
+        "model_bytes": model.stat().st_size,
+        "examples": [{"label": answer.label, "confidence": answer.confidence} for answer in examples],
+    }
+
+
+def _ask(url: str, model: Path, hospitals: Sequence[Hospital], queries: int) -> dict[str, Any]:
+    """Ask the server process about held-out rows and compare with the plain answers."""
+    rows = [row for hospital in hospitals for row in hospital.test]
+    features = encode(rows, heart_schema(), with_target=False).features
+    features = features[:: max(1, len(features) // queries)][:queries]
+    return {}
+
+
+def _ledger(hospital: Hospital) -> dict[str, Any]:
+    with PrivacyLedger.open(hospital.ledger) as ledger:
+        entries, summary = ledger.verify(), ledger.summary()
+    (run,) = summary.runs
+    return {
+        "device": hospital.name,
+        "path": str(hospital.ledger),
+        "budget_epsilon": summary.budget_epsilon,
+        "budget_delta": summary.budget_delta,
+        "spent_epsilon": summary.spent_epsilon,
+        "spent_delta": summary.spent_delta,
+        "releases": run.reserved,
+        "unfinished": run.reserved - run.committed,
+        "plan_releases": run.steps,
+        "verified": entries > 0,
+        "void": run.void,
+    }
+
+
+def _environment(started: float) -> dict[str, Any]:
+    peak_kb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    packages = {name: version(name) for name in ("torch", "flwr", "tenseal")}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "cores": len(os.sched_getaffinity(0)),
+        "seconds_total": time.monotonic() - started,
+        "peak_memory_mb": peak_kb / 1024,
+    }
