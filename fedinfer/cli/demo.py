@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from fedinfer.cli.console import note, progress, show_json
+from fedinfer.cli.console import note, progress, show_json, show_table
+from fedinfer.cli.console import out as screen
 from fedinfer.cli.evaluation import Evaluation, write_rows
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
 from fedinfer.cli.query import start_server
 from fedinfer.cli.train import Node, open_ledgers, run_result
-from fedinfer.data import Row, encode, heart_rows, heart_schema, stratified_quarters
+from fedinfer.data import Row, encode, heart_rows, stratified_quarters
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.errors import CheckpointError
 from fedinfer.privacy import PrivacyLedger
@@ -188,11 +189,27 @@ def _predict_locally(model: Path, hospitals: Sequence[Hospital]) -> dict[str, An
 
 
 def _ask(url: str, model: Path, hospitals: Sequence[Hospital], queries: int) -> dict[str, Any]:
-    """Ask the server process about held-out rows and compare with the plain answers."""
+    """Ask the server process about held-out rows, one a query, and compare with the plain answers."""
+    asking = part("clients.asking")
+    served = asking.describe(url)
     rows = [row for hospital in hospitals for row in hospital.test]
-    features = encode(rows, heart_schema(), with_target=False).features
-    features = features[:: max(1, len(features) // queries)][:queries]
-    return {}
+    features = encode(rows[:: max(1, len(rows) // queries)][:queries], served.schema, with_target=False).features
+    asked = asking.ask(url, served, features, rows_per_query=1)
+    plain = part("clients.local").LocalModel.open(model).pipeline.logits(features)
+    parameters = served.circuit.parameters
+    primes = ", ".join(map(str, parameters.prime_bits))
+    return {
+        "queries": len(features),
+        "p50_ms": statistics.median(asked.latency_ms),
+        "p99_ms": float(np.percentile(asked.latency_ms, 99)),
+        "keygen_ms": asked.keygen_ms,
+        "bytes_up": asked.bytes_up / len(features),
+        "bytes_down": asked.bytes_down / len(features),
+        "key_bytes": asked.key_bytes,
+        "max_error": float(np.abs(asked.logits - plain).max()),
+        "labels_equal": bool(((asked.logits >= 0.0) == (plain >= 0.0)).all()),
+        "parameters": f"CKKS, N = {parameters.degree}, primes of {primes} bits, 128-bit security",
+    }
 
 
 def _ledger(hospital: Hospital) -> dict[str, Any]:
@@ -224,3 +241,34 @@ def _environment(started: float) -> dict[str, Any]:
         "seconds_total": time.monotonic() - started,
         "peak_memory_mb": peak_kb / 1024,
     }
+
+
+def _show(report: dict[str, Any], page: Path) -> None:
+    """Print the table and the figures of the three walks."""
+    evaluation = report["evaluation"]
+    cells = {(cell["method"], cell["site"]): cell for cell in evaluation["cells"]}
+    for name, title in (("auc", "AUC"), ("accuracy", "accuracy")):
+        rows = [
+            [method["label"], *(_score(cells[method["key"], site], name) for site in evaluation["sites"])]
+            for method in evaluation["methods"]
+        ]
+        title = f"{title}, mean ± std over {evaluation['splits']} splits: an evaluation on public data"
+        show_table(title, ["", *evaluation["sites"]], rows)
+    headline, local, encrypted = report["headline"], report["local_inference"], report["encrypted_query"]
+    screen.print(
+        f"trained   ε = {headline['epsilon']:.4g} at δ = {headline['delta']:g} for each patient of each hospital, "
+        f"{len(headline['rounds'])} rounds in {headline['seconds']:.1f} s; the ledgers hold it"
+    )
+    screen.print(f"offline   p50 {local['p50_ms']:.2f} ms, p99 {local['p99_ms']:.2f} ms a patient")
+    screen.print(
+        f"encrypted p50 {encrypted['p50_ms']:.0f} ms, p99 {encrypted['p99_ms']:.0f} ms a query; "
+        f"{encrypted['bytes_up'] / 1e3:.0f} kB up, {encrypted['bytes_down'] / 1e3:.0f} kB down, "
+        f"keys {encrypted['key_bytes'] / 1e6:.1f} MB once; largest error {encrypted['max_error']:.1e}"
+    )
+    environment = report["environment"]
+    screen.print(f"in all    {environment['seconds_total']:.0f} s, peak memory {environment['peak_memory_mb']:.0f} MB")
+    screen.print(f"report    {page}")
+
+
+def _score(cell: dict[str, Any], name: str) -> str:
+    return f"{cell[f'unsafe_{name}_mean']:.3f}±{cell[f'unsafe_{name}_std']:.3f}".replace("0.", ".")
