@@ -73,6 +73,7 @@ class RunConfig:
         if self.resume and not self.checkpoint:
             raise BadUsage("resume: got no checkpoint to resume from, expected checkpoint = FILE")
         self.server_rule()
+        ModelSpec(family=self.model, inputs=1, hidden=self.hidden)
 
     @classmethod
     def from_flat(cls, flat: Flat) -> Self:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -29,7 +30,9 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    # A table that is wider than the screen is better wrapped by the screen than cut by us.
+    wide = out.options.update(width=500)
+    out.print(table, width=Measurement.get(out, wide, table).maximum, crop=False)
 
 
 def note(text: str) -> None:

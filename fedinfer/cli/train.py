@@ -84,6 +84,7 @@ def file_nodes(folder: Path, schema: Schema, schema_path: str, *, public: bool) 
     Raises: SchemaError or BadInput for a file that cannot be trained on.
     """
     nodes: list[Node] = []
+    moved: list[str] = []
     for path in client_files(folder):
         table = read_table(path, schema)
         if len(table) < 2:
@@ -91,9 +92,11 @@ def file_nodes(folder: Path, schema: Schema, schema_path: str, *, public: bool) 
         if table.labels.min() == table.labels.max():
             raise BadInput(f"{path}: got rows of one class only, expected both; leave this client out")
         for column, count in table.clamped.items():
-            note(f"{path}: {count} values of {column!r} lay outside the public range and were moved to its end")
+            moved.append(f"{path}: {count} values of {column!r} lay outside the public range and were moved to its end")
         node: Node = {"data": str(path), "schema": schema_path}
         nodes.append(node | ({"public-data": True} if public else {"ledger": str(path.with_suffix(".ledger"))}))
+    for line in moved:
+        note(line)
     return nodes
 
 

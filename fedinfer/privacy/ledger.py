@@ -100,11 +100,16 @@ class PrivacyLedger:
     def create(cls, path: Path, *, epsilon: float, delta: float) -> Self:
         """Make a new ledger file with a budget and a random enrolment id, and open it.
 
-        Raises: LedgerError if the file is there already; BadUsage for a budget that cannot be.
+        Raises: LedgerError if the file is there already, or an old one's journal is; BadUsage for a budget that
+        cannot be.
         """
         check_epsilon(epsilon)
         check_delta(delta)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (Path(f"{path}-wal"), Path(f"{path}-shm")):
+            # SQLite would replay an old journal into the new ledger.
+            if leftover.exists() and not path.exists():
+                raise LedgerError(f"ledger {path}: got {leftover.name} of a ledger that was removed; remove that too")
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with cls._connect(str(unfinished)) as ledger:
