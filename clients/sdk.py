@@ -153,8 +153,10 @@ def _read(config: DeviceConfig, schema: Schema) -> Table:
 def open_device(config: DeviceConfig) -> Device:
     """Open a device, or take the one already open in this process if its files are the same."""
     paths = (config.data, None if config.schema == BUNDLED else Path(config.schema))
-    stamps = tuple(path.stat().st_mtime_ns for path in paths if path is not None and path.exists())
-    return _open(config, stamps)
+    stamps = [path.stat().st_mtime_ns for path in paths if path is not None and path.exists()]
+    # A ledger changes with every release; another file in its place is another ledger.
+    stamps += [config.ledger.stat().st_ino] if config.ledger is not None and config.ledger.exists() else []
+    return _open(config, tuple(stamps))
 
 
 @lru_cache(maxsize=16)

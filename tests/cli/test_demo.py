@@ -1,0 +1,41 @@
+"""The demo, fast: what it writes and what it may say."""
+
+import json
+from pathlib import Path
+
+from fedinfer.models import load
+from fedinfer.privacy import PrivacyLedger
+from tests.cli.conftest import Run
+
+
+def test_the_demo_shows_all_three_walks(tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "demo"
+    result = run("demo", "--fast", "--rounds", 8, "--epsilon", 3, "--out", out)
+    assert result.code == 0, result.err
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert "an evaluation on public data" in result.out
+    headline = report["headline"]
+    assert 2.9999 <= headline["epsilon"] <= 3.0
+    assert not [key for key in json.dumps(headline).split('"') if "auc" in key or "accuracy" in key]
+    assert [ledger["releases"] for ledger in report["ledgers"]] == [8] * 4
+    assert all(ledger["verified"] and ledger["unfinished"] == 0 for ledger in report["ledgers"])
+    for ledger in report["ledgers"]:
+        with PrivacyLedger.open(Path(ledger["path"])) as book:
+            assert book.summary().spent_epsilon == headline["epsilon"]
+    assert {cell["method"] for cell in report["evaluation"]["cells"]} == {
+        "alone",
+        "federated",
+        "dp8",
+        "dp4",
+        "dp2",
+        "dp1",
+        "pooled",
+    }
+    assert report["encrypted_query"]["max_error"] < 1e-3
+    assert report["encrypted_query"]["labels_equal"]
+    assert report["local_inference"]["p50_ms"] > 0
+    assert load(out / "model.safetensors").privacy["epsilon"] == headline["epsilon"]
+    assert not (out / "checkpoint.safetensors").exists()
+    again = run("demo", "--fast", "--rounds", 8, "--out", out)
+    assert again.code == 0, again.err
+    assert len(list((out / "devices").iterdir())) == 2
