@@ -128,7 +128,9 @@ def serve(model: Model, *, host: str, port: int, on_ready: Callable[[str], None]
     except OSError as error:
         listener.close()
         raise BadUsage(f"address {host}:{port}: cannot listen ({error.strerror}); choose another --port") from None
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=SHUTDOWN_S)
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=SHUTDOWN_S
+    )
     shown = f"[{host}]" if ":" in host else host
     on_ready(f"http://{shown}:{listener.getsockname()[1]}")
     uvicorn.Server(settings).run(sockets=[listener])

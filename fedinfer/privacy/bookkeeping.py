@@ -123,12 +123,21 @@ def _by_bookkeeping(
 
 
 def _by_instances(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float) -> ClippedGradient:
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    rest = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    rest |= {name: buffer.detach() for name, buffer in model.named_buffers()}
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    trained = {name: p.detach() for p, name in first.items() if p.requires_grad}
+    rest = {name: p.detach() for p, name in first.items() if not p.requires_grad}
+    buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+    # Every place of every parameter, so that a shared one is the same tensor wherever it stands.
+    places = {
+        f"{module_name}.{name}" if module_name else name: first[parameter]
+        for module_name, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
     def loss_of_one(parameters: dict[str, Tensor], one_x: Tensor, one_y: Tensor) -> Tensor:
-        output = functional_call(model, {**parameters, **rest}, (one_x[None],))
+        every = {**parameters, **rest}
+        state = {place: every[name] for place, name in places.items()} | buffers
+        output = functional_call(model, state, (one_x[None],), tie_weights=False)
         return loss_fn(output, one_y[None]).sum()
 
     gradients = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")(trained, x, y)

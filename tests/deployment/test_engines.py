@@ -42,12 +42,8 @@ def test_superlink_gives_the_weights_of_the_in_process_grid(tmp_path: Path) -> N
     deployed = [node(tmp_path / "deployed", name) for name in ("Cleveland", "VA Long Beach")]
     local = [node(tmp_path / "local", name) for name in ("Cleveland", "VA Long Beach")]
     out = tmp_path / "model.safetensors"
-    settings = {
-        "rounds": ROUNDS,
-        "schema": str(SCHEMA_PATH),
-        "out": str(out),
-        "checkpoint": str(tmp_path / "checkpoint"),
-    }
+    checkpoint = tmp_path / "checkpoint"
+    settings = {"rounds": ROUNDS, "schema": str(SCHEMA_PATH), "out": str(out), "checkpoint": str(checkpoint)}
     with superlink(deployed) as link:
         link.run(ROOT, settings, timeout_s=120)
         weights = flatten(load(out).state)
