@@ -168,6 +168,10 @@ class Evaluation:
         points = [unsafe_auc(labels, self._probabilities(trajectory[r], features)) for r in self._curve_rounds]
         return [math.nan if point is None else point for point in points]
 
+    def aucs(self, method: str, site: str) -> list[float]:
+        """The AUC of each split, NaN where a split's test rows are of one class."""
+        return [math.nan if auc is None else auc for auc in self._auc[method, site]]
+
     def to_json(self) -> dict[str, Any]:
         """The table, the paired differences and the curves, as the report takes them."""
         return {
@@ -191,7 +195,7 @@ class Evaluation:
         }
 
     def _cell(self, method: str, site: str) -> dict[str, Any]:
-        auc = np.array([np.nan if a is None else a for a in self._auc[method, site]])
+        auc = np.array(self.aucs(method, site))
         accuracy = np.array(self._accuracy[method, site])
         mean, half = float(auc.mean()), _half_width(auc)
         by_seed = auc.reshape(len(self._seeds), 4).mean(1)
@@ -208,8 +212,7 @@ class Evaluation:
         }
 
     def _paired(self, method: str, against: str, site: str) -> dict[str, Any]:
-        ours, theirs = self._auc[method, site], self._auc[against, site]
-        difference = np.array([a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None])
+        difference = np.array(self.aucs(method, site)) - np.array(self.aucs(against, site))
         mean, half = float(difference.mean()), _half_width(difference)
         return {
             "site": site,

@@ -1,0 +1,1 @@
+"""Research scripts: each prints a table and names its source."""
