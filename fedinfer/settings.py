@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -43,7 +43,6 @@ class RunConfig:
     rule: str = "fedsgd"
     learning_rate: float = 0.5
     momentum: float = 0.8
-    weight_decay: float = 0.0
     min_devices: int = 2
     timeout_s: float = 600.0
     run: str = ""
@@ -63,8 +62,6 @@ class RunConfig:
             raise BadUsage(f"devices: got a minimum of {self.min_devices}, expected at least 1")
         if not 0.0 <= self.momentum < 1.0:
             raise BadUsage(f"momentum: got {self.momentum}, expected 0 to below 1")
-        if not 0.0 <= self.weight_decay < 1.0:
-            raise BadUsage(f"weight-decay: got {self.weight_decay}, expected 0 to below 1")
         check_positive("learning rate", self.learning_rate)
         check_positive("timeout", self.timeout_s)
         if not self.unsafe_no_privacy:
@@ -133,7 +130,3 @@ class RunConfig:
     def server_rule(self) -> ServerRule:
         """The rule that turns a round's mean into new weights."""
         return rule_named(self.rule, learning_rate=self.learning_rate, momentum=self.momentum)
-
-    def without_privacy(self) -> Self:
-        """The same run without clipping and noise, with the momentum and weight decay that suit exact gradients."""
-        return replace(self, unsafe_no_privacy=True, momentum=0.9, weight_decay=0.003)

@@ -95,9 +95,7 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
         content = task_to_content(task)
         messages = [Message(content, device, STEP, group_id=str(task.round)) for device in devices]
         replies, bytes_up = _collect(grid, messages, config, task)
-        # Weight decay is of the public weights: it costs no privacy.
-        mean = _mean(replies) + np.float32(config.weight_decay) * state.weights
-        weights, rule_state = rule.step(state.weights, mean, state.rule_state)
+        weights, rule_state = rule.step(state.weights, _mean(replies), state.rule_state)
         record = RoundRecord(
             round=task.round,
             devices=len(replies),

@@ -155,7 +155,9 @@ class Evaluation:
 
     def _config(self, method: Method, *, devices: int) -> RunConfig:
         config = RunConfig(rounds=self._rounds, min_devices=devices, keep_trajectory=True)
-        return config.without_privacy() if method.epsilon is None else replace(config, epsilon=method.epsilon)
+        if method.epsilon is None:
+            return replace(config, unsafe_no_privacy=True)
+        return replace(config, epsilon=method.epsilon)
 
     def _probabilities(self, weights: NDArray[np.float32], features: NDArray[np.float32]) -> Floats:
         self._net.load_state_dict(unflatten(weights, self._net.state_dict()))

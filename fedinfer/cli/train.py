@@ -58,13 +58,12 @@ def train_model(
         model_seed=seed,
         epsilon=epsilon,
         delta=delta,
+        unsafe_no_privacy=unsafe_no_privacy,
         checkpoint=str(checkpoint),
         resume=resume,
         out=str(out),
         rounds=RunConfig.rounds if rounds is None else rounds,
     )
-    if unsafe_no_privacy:
-        config = config.without_privacy()
     if folder is None:
         nodes: list[Node] = [{"partition-id": index} for index in range(4)]
     else:
