@@ -1,0 +1,142 @@
+"""The device: its ledger comes before its rows, and a server learns of an error only its kind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+
+from clients.app import app as client_app
+from clients.local import LocalModel
+from clients.sdk import Device, DeviceConfig
+from fedinfer.cli.evaluation import write_rows
+from fedinfer.data import Table, encode, heart_rows, heart_schema, to_json
+from fedinfer.data.heart import SCHEMA_PATH
+from fedinfer.errors import BadUsage, SchemaError, UnprotectedRefused
+from fedinfer.flower import STEP, error_kind, task_to_content
+from fedinfer.models import Model, ModelSpec, build, save
+from fedinfer.privacy import PrivacyLedger, PrivacyPlan
+from fedinfer.simulation import InProcessGrid
+from fedinfer.simulation.grid import _task_of
+from fedinfer.training import StepTask
+
+SCHEMA = heart_schema()
+PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=4.0, sampling_rate=0.5, delta=1e-6, steps=3, divisor=10.0)
+
+
+def task(plan: PrivacyPlan | None = PLAN, digest: str | None = None) -> StepTask:
+    spec = ModelSpec(family="logistic", inputs=SCHEMA.width)
+    weights = np.zeros(SCHEMA.width + 1, np.float32)
+    schema_digest = SCHEMA.digest() if digest is None else digest
+    return StepTask(run="a", round=1, spec=spec, schema_digest=schema_digest, weights=weights, plan=plan)
+
+
+class Watched(Table):
+    """A table that tells when its features are read."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "features":
+            object.__getattribute__(self, "events").append("rows")
+        return object.__getattribute__(self, name)
+
+
+def test_a_release_is_on_disk_before_a_row_is_read_and_committed_after(tmp_path: Path) -> None:
+    events: list[str] = []
+    plain = encode(heart_rows()["Cleveland"][:20], SCHEMA, with_target=True)
+    table = Watched.__new__(Watched)
+    for name, value in (("events", events), ("features", plain.features), ("labels", plain.labels), ("clamped", {})):
+        object.__setattr__(table, name, value)
+
+    class Ledger(PrivacyLedger):
+        def reserve(self, **arguments: object) -> object:  # type: ignore[override]
+            reservation = super().reserve(**arguments)  # type: ignore[arg-type]
+            with PrivacyLedger.open(tmp_path / "ledger") as other:
+                assert other.summary().runs[0].reserved == 1
+            events.append("reserved")
+            return reservation
+
+        def commit(self, reservation: object) -> None:  # type: ignore[override]
+            super().commit(reservation)  # type: ignore[arg-type]
+            events.append("committed")
+
+    with Ledger.create(tmp_path / "ledger", epsilon=9.0, delta=1e-3) as ledger:
+        device = Device(table=table, schema=SCHEMA, ledger=ledger)
+        events.clear()
+        device.step(task())
+    assert events[0] == "reserved"
+    assert events[-1] == "committed"
+    assert "rows" in events
+
+
+def test_no_plan_and_another_schema_are_refused_and_nothing_is_spent() -> None:
+    ledger = PrivacyLedger.scratch(epsilon=9.0, delta=1e-3)
+    table = encode(heart_rows()["Cleveland"][:20], SCHEMA, with_target=True)
+    device = Device(table=table, schema=SCHEMA, ledger=ledger)
+    with pytest.raises(UnprotectedRefused, match="got no privacy plan"):
+        device.step(task(plan=None))
+    with pytest.raises(SchemaError, match="got another schema"):
+        device.step(task(digest="other"))
+    assert ledger.summary().runs == ()
+
+
+def test_public_data_may_train_without_a_plan() -> None:
+    table = encode(heart_rows()["Cleveland"][:20], SCHEMA, with_target=True)
+    ledger = PrivacyLedger.scratch(epsilon=9.0, delta=1e-3)
+    reply = Device(table=table, schema=SCHEMA, ledger=ledger, public_data=True).step(task(plan=None))
+    assert (reply.weight, reply.void) == (20.0, True)
+
+
+def test_private_rows_need_a_ledger_and_keys_are_checked() -> None:
+    with pytest.raises(BadUsage, match="got no ledger"):
+        DeviceConfig.from_node({"data": "rows.csv", "schema": "schema.toml"})
+    with pytest.raises(BadUsage, match="node configuration: got sampling-rate"):
+        DeviceConfig.from_node({"sampling-rate": 1.0})
+    with pytest.raises(BadUsage, match="got public-data of type str"):
+        DeviceConfig.from_node({"public-data": "yes"})
+    assert DeviceConfig.from_node({"partition-id": 2, "num-partitions": 4}).public_data
+
+
+def send(node: dict[str, str | bool | int]) -> RecordDict:
+    grid = InProcessGrid(client_app, [node], {})
+    with _task_of(grid.run):
+        message = grid.create_message(task_to_content(task()), STEP, next(iter(grid.get_node_ids())), "1")
+        (reply,) = grid.send_and_receive([message])
+    return reply.content
+
+
+def test_the_server_learns_the_kind_of_an_error_and_not_its_text(tmp_path: Path) -> None:
+    rows = [dict(row) for row in heart_rows()["Cleveland"][:5]]
+    rows[2]["cp"] = "Secretvalue"
+    data = write_rows(tmp_path / "rows.csv", rows)
+    PrivacyLedger.create(tmp_path / "ledger", epsilon=9.0, delta=1e-3).close()
+    content = send({"data": str(data), "schema": str(SCHEMA_PATH), "ledger": str(tmp_path / "ledger")})
+    assert error_kind(content) == "SchemaError"
+    assert "Secret" not in str(content)
+    assert "rows.csv" not in str(content)
+    with PrivacyLedger.open(tmp_path / "ledger") as ledger:
+        assert ledger.summary().runs == ()
+
+
+def test_an_unexpected_error_is_an_internal_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: DeviceConfig) -> Device:
+        raise ValueError("could not convert 'Secretvalue'")
+
+    monkeypatch.setattr("clients.app.open_device", fail)
+    content = send({"partition-id": 0})
+    assert error_kind(content) == "InternalError"
+    assert "Secret" not in str(content)
+
+
+def test_local_prediction_needs_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec(family="mlp", inputs=SCHEMA.width)
+    state = build(spec, seed=2).state_dict()
+    model = Model(spec=spec, state=state, schema=to_json(SCHEMA), schema_digest=SCHEMA.digest(), labels=("no", "yes"))
+    save(model, tmp_path / "model.safetensors")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr("socket.socket", refuse)
+    answers = LocalModel.open(tmp_path / "model.safetensors").answer(heart_rows()["Hungary"][:7])
+    assert len(answers) == 7
+    assert all(a.label in ("no", "yes") and 0.5 <= a.confidence <= 1.0 for a in answers)
