@@ -30,9 +30,9 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    needed = Measurement.get(out, out.options.update(width=500), table).maximum
     # A table that is wider than the screen is better wrapped by the screen than cut by us.
-    wide = out.options.update(width=500)
-    out.print(table, width=Measurement.get(out, wide, table).maximum, crop=False)
+    Console(highlight=False, width=max(out.width, needed)).print(table)
 
 
 def note(text: str) -> None:
