@@ -52,7 +52,7 @@ def _epsilon_figure(evaluation: Mapping[str, Any]) -> Element:
         name = str(baselines[0]["label"]).partition(", ε")[0]
         legend.append((plots.BASELINE, f"reference: {name}"))
         points = ", ".join(f"{rate(point['unsafe_auc'])} at ε = {point['epsilon']:g}" for point in baselines)
-        caption += f" Rings are a published reference ({name}): {points}."
+        caption += f" Rings are a reference ({name}): {points}."
     return _figure("AUC against ε", legend, plots.epsilon_plot, evaluation, caption)
 
 
