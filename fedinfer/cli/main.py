@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import click
 import typer
@@ -16,23 +16,23 @@ app = typer.Typer(
     help="Train together under differential privacy, predict on the device, ask under encryption.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 ledger_app = typer.Typer(
     help="The privacy ledger: the data holder's budget and what was released against it.",
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 app.add_typer(ledger_app, name="ledger")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file made by `fedinfer train`.")]
 Rows = Annotated[str, typer.Argument(metavar="FILE.csv|-", help="Rows with a header line; - reads standard input.")]
-Out = Annotated[Optional[Path], typer.Option("-o", "--out", help="Write CSV here instead of to the screen.")]  # noqa: UP045
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Write CSV here instead of to the screen.")]
 SchemaPath = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--schema", help="Check that the model is for this schema.toml."),
 ]
 
@@ -74,7 +74,7 @@ def _common(
 
 @app.command(epilog="Example:  fedinfer demo --fast --out demo-out")
 def demo(
-    rounds: Annotated[int, typer.Option(help="Training rounds.")] = 0,
+    rounds: Annotated[int | None, typer.Option(help="Training rounds; 40 unless said.")] = None,
     epsilon: Annotated[float, typer.Option(help="Privacy budget ε of the headline run, per patient.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Which rows are held out. Never seeds noise or sampling.")] = 0,
     out: Annotated[Path, typer.Option("--out", help="Folder for the report, the model and the ledgers.")] = Path(
@@ -86,7 +86,7 @@ def demo(
     """Four real hospitals train one model, a device predicts offline, a query is answered under encryption."""
     from fedinfer.cli.demo import run_demo
 
-    run_demo(rounds=rounds or None, epsilon=epsilon, seed=seed, out=out, fast=fast, as_json=json)
+    run_demo(rounds=rounds, epsilon=epsilon, seed=seed, out=out, fast=fast, as_json=json)
 
 
 @app.command(epilog="Example:  fedinfer schema hospitals/ --target num --out schema.toml")
@@ -108,16 +108,16 @@ def schema(
 @app.command(epilog="Example:  fedinfer train hospitals/ --schema schema.toml --out model.safetensors --epsilon 2")
 def train(
     folder: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Argument(metavar="[DIR]", help="A folder with one CSV file per client, each with its NAME.ledger."),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the model.")] = Path("model.safetensors"),
-    schema: Annotated[Optional[Path], typer.Option(help="The public schema.toml.")] = None,  # noqa: UP045
+    schema: Annotated[Path | None, typer.Option(help="The public schema.toml.")] = None,
     data: Annotated[str, typer.Option(help="Bundled public data instead of DIR: heart-disease.")] = "",
     model: Annotated[str, typer.Option(help="Model family: logistic or mlp.")] = "logistic",
     epsilon: Annotated[float, typer.Option(help="ε per example, for the whole run.")] = 2.0,
     delta: Annotated[float, typer.Option(help="δ of the guarantee.")] = 1e-5,
-    rounds: Annotated[int, typer.Option(help="Training rounds.")] = 0,
+    rounds: Annotated[int | None, typer.Option(help="Training rounds; 40 unless said.")] = None,
     seed: Annotated[int, typer.Option(help="Starting weights. Never seeds noise or sampling.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
     unsafe_no_privacy: Annotated[
@@ -139,7 +139,7 @@ def train(
         family=model,
         epsilon=epsilon,
         delta=delta,
-        rounds=rounds or None,
+        rounds=rounds,
         seed=seed,
         resume=resume,
         unsafe_no_privacy=unsafe_no_privacy,
@@ -188,7 +188,7 @@ def ask(
     rows: Rows,
     out: Out = None,
     schema: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Check that the server's model is for this schema.toml."),
     ] = None,
     json: Json = False,

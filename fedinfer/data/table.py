@@ -10,7 +10,7 @@ import io
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,7 +161,7 @@ def read_table(path: Path | None, schema: Schema, *, with_target: bool = True) -
         raise SchemaError(f"{name}, {error}") from None
 
 
-def check_columns(got: object, schema: Schema, name: str, *, with_target: bool) -> None:
+def check_columns(got: Collection[str] | None, schema: Schema, name: str, *, with_target: bool) -> None:
     """Check that a table has the columns that `schema` reads; `got` is None for a table without rows.
 
     Raises: SchemaError naming the missing columns.
@@ -169,7 +169,6 @@ def check_columns(got: object, schema: Schema, name: str, *, with_target: bool) 
     if got is None:
         return
     expected = [column.column for column in schema.columns] + ([schema.target.column] if with_target else [])
-    columns = set(got)  # type: ignore[call-overload]
-    missing = [column for column in expected if column not in columns]
+    missing = [column for column in expected if column not in got]
     if missing:
         raise SchemaError(f"{name}: got no column {', '.join(map(repr, missing))}, expected {', '.join(expected)}")

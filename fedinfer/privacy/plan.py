@@ -18,6 +18,9 @@ from fedinfer.privacy.accounting import epsilon_of, noise_for
 from fedinfer.privacy.noise import NoiseStream
 
 Unit = Literal["example"]
+MAX_STEPS = 100_000
+# Steps times (rate / noise)²: ε is in the hundreds here, and a device would spend minutes accounting for much more.
+MAX_LEAK = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,13 @@ class PrivacyPlan:
         if not 0.0 < self.sampling_rate <= 1.0:
             raise BadUsage(f"sampling rate: got {self.sampling_rate}, expected more than 0 and at most 1")
         check_delta(self.delta)
-        if self.steps < 1:
-            raise BadUsage(f"steps: got {self.steps}, expected at least 1")
+        if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
+            raise BadUsage(f"steps: got {self.steps}, expected a whole number from 1 to {MAX_STEPS}")
+        if self.steps * (self.sampling_rate / self.noise_multiplier) ** 2 > MAX_LEAK:
+            raise BadUsage(
+                f"noise multiplier: got {self.noise_multiplier:g} for {self.steps} steps, expected more; "
+                "so little noise protects nothing"
+            )
 
     @classmethod
     def calibrate(

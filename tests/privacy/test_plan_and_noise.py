@@ -73,6 +73,10 @@ def test_calibrate_meets_epsilon_from_below(epsilon: float) -> None:
         {"steps": 0},
         {"divisor": 0.0},
         {"unit": "client"},
+        {"steps": 1.5},
+        {"steps": True},
+        {"steps": 10**9},
+        {"noise_multiplier": 1e-3},
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
