@@ -3,16 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: demo test test-long check bench clean
+.PHONY: demo test check bench clean
 
 demo: .venv/.installed
 	$(BIN)/fedinfer demo $(ARGS)
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
-
-test-long: .venv/.installed-dev
-	$(BIN)/python -m pytest -m long $(ARGS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
