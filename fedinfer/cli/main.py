@@ -54,6 +54,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'file'}: {error.strerror or error}; choose another place\n")
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -72,6 +72,8 @@ def train_model(
         if insecure_seed:
             node["insecure-seeded-noise"] = f"{insecure_seed}/{index}"
     config = replace(config, run=_run_name(config, checkpoint), min_devices=len(nodes))
+    # A folder that cannot be made must fail before a ledger is charged.
+    out.parent.mkdir(parents=True, exist_ok=True)
     open_ledgers(config, [Path(str(node["ledger"])) for node in nodes if "ledger" in node])
     context = run_with_progress(config, nodes)
     _report(config, context, len(nodes), as_json=as_json)

@@ -54,6 +54,8 @@ class PublicCircuit:
             raise EncryptedError(
                 f"model family {self.spec.family!r}: it has no circuit; expected {', '.join(PARAMETERS)}"
             )
+        if not 0.0 < self.threshold < 1.0:
+            raise EncryptedError(f"threshold: got {self.threshold}, expected a probability between 0 and 1")
         if self.stride > self.parameters.slots:
             raise EncryptedError(
                 f"model: got {self.spec.inputs} inputs and {self.spec.hidden} hidden units: {self.stride} slots, "

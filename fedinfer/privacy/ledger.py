@@ -118,6 +118,8 @@ class PrivacyLedger:
             os.link(unfinished, path)
         except FileExistsError:
             raise LedgerError(f"ledger {path}: got an existing file, expected none; a budget is set once") from None
+        except sqlite3.Error as error:
+            raise LedgerError(f"ledger {path}: cannot be written there ({error})") from None
         finally:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{unfinished}{suffix}").unlink(missing_ok=True)

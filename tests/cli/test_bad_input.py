@@ -141,3 +141,16 @@ def test_an_unknown_word_exits_with_2(args: tuple[str, ...], run: Run) -> None:
     assert result.code == 2
     assert "Error: " in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_nothing_is_spent(hospitals: Path, run: Run) -> None:
+    blocked = hospitals.parent / "file"
+    blocked.write_text("in the way")
+    schema = hospitals.parent / "schema.toml"
+    result = run("train", hospitals, "--schema", schema, "--out", blocked / "model.safetensors", "--rounds", 2)
+    assert result.code == 1
+    assert "error: " in result.err
+    assert "Traceback" not in result.err
+    assert not list(hospitals.glob("*.ledger"))
+    result = run("ledger", "init", blocked / "a.ledger", "--epsilon", 1, "--delta", 1e-5)
+    assert (result.code, result.err.count("\n")) == (1, 1)
