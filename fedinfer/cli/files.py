@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedinfer.cli.console import note
+from fedinfer.data import Table
 from fedinfer.errors import BadInput
 from fedinfer.files import replace_file
 from fedinfer.inference.pipeline import Answer
@@ -41,3 +43,10 @@ def write_answers(answers: Sequence[Answer], out: Path | None) -> None:
         sys.stdout.write(text.getvalue())
     else:
         replace_file(out, text.getvalue().encode())
+
+
+def say_clamped(name: str, table: Table) -> None:
+    """Tell the holder of the rows how many values lay outside the public range, by column; counts are private."""
+    if table.clamped:
+        counts = ", ".join(f"{column} {count}" for column, count in table.clamped.items())
+        note(f"{name}: values outside the public range were moved to its end: {counts}")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fedinfer.cli.console import note, show_json, show_table
-from fedinfer.cli.files import client_files, rows_path, write_answers
+from fedinfer.cli.files import client_files, rows_path, say_clamped, write_answers
 from fedinfer.cli.parts import part
-from fedinfer.data import Table, read_schema, read_table
+from fedinfer.data import read_schema, read_table
 from fedinfer.errors import BadInput
 from fedinfer.inference import unsafe_accuracy, unsafe_auc
 
@@ -25,7 +25,7 @@ def predict_rows(model_path: Path, rows: str, *, out: Path | None, schema_path: 
     """Label rows and write the answers."""
     local = open_model(model_path, schema_path)
     table = read_table(rows_path(rows), local.schema, with_target=False)
-    _say_clamped(table)
+    say_clamped("rows", table)
     started = time.perf_counter()
     answers = local.pipeline.answer(table.features)
     if as_json:
@@ -45,7 +45,7 @@ def evaluate_model(model_path: Path, folder: Path, *, schema_path: Path | None, 
     results: dict[str, dict[str, Any]] = {}
     every_label, every_p = [], []
     for name, table in tables.items():
-        _say_clamped(table)
+        say_clamped(name, table)
         p = local.pipeline.predict(table.features)[:, 1]
         results[name] = _metrics(table.labels, p, local.model.threshold)
         every_label.append(table.labels)
@@ -70,8 +70,3 @@ def _metrics(labels: Any, p: Any, threshold: float) -> dict[str, Any]:
 
 def _text(value: float | None) -> str:
     return "one class" if value is None else f"{value:.3f}"
-
-
-def _say_clamped(table: Table) -> None:
-    for column, count in table.clamped.items():
-        note(f"column {column!r}: {count} values lay outside the public range and were moved to its end")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedinfer.cli.console import note, show_json
-from fedinfer.cli.files import rows_path, write_answers
+from fedinfer.cli.files import rows_path, say_clamped, write_answers
 from fedinfer.cli.local import open_model
 from fedinfer.cli.parts import part
 from fedinfer.data import read_schema, read_table
@@ -44,6 +44,7 @@ def ask_rows(url: str, rows: str, *, out: Path | None, schema_path: Path | None,
             f"{url}: got a model for the schema {served.schema.name!r}, expected that of {schema_path}"
         )
     table = read_table(rows_path(rows), served.schema, with_target=False)
+    say_clamped("rows", table)
     asked = asking.ask(url, served, table.features)
     labelled = answers(asked.probabilities, threshold=served.threshold, labels=served.labels)
     if as_json:

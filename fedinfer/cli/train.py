@@ -11,10 +11,10 @@ from flwr.app import Context
 
 from fedinfer.cli.console import note, progress, show_json
 from fedinfer.cli.console import out as screen
-from fedinfer.cli.files import client_files
+from fedinfer.cli.files import client_files, say_clamped
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
-from fedinfer.data import Schema, read_table
+from fedinfer.data import Schema, Table, read_table
 from fedinfer.errors import BadInput, BadUsage
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.settings import BUNDLED_SCHEMA, RunConfig
@@ -85,19 +85,18 @@ def file_nodes(folder: Path, schema: Schema, schema_path: str, *, public: bool) 
     Raises: SchemaError or BadInput for a file that cannot be trained on.
     """
     nodes: list[Node] = []
-    moved: list[str] = []
+    moved: list[tuple[str, Table]] = []
     for path in client_files(folder):
         table = read_table(path, schema)
         if len(table) < 2:
             raise BadInput(f"{path}: got {len(table)} rows, expected at least 2; leave this client out")
         if table.labels.min() == table.labels.max():
             raise BadInput(f"{path}: got rows of one class only, expected both; leave this client out")
-        for column, count in table.clamped.items():
-            moved.append(f"{path}: {count} values of {column!r} lay outside the public range and were moved to its end")
+        moved.append((str(path), table))
         node: Node = {"data": str(path), "schema": schema_path}
         nodes.append(node | ({"public-data": True} if public else {"ledger": str(path.with_suffix(".ledger"))}))
-    for line in moved:
-        note(line)
+    for name, table in moved:
+        say_clamped(name, table)
     return nodes
 
 

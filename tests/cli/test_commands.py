@@ -116,7 +116,7 @@ def test_a_value_outside_its_range_is_clamped_and_counted(model: Path, hospitals
     write(hospitals / "cleveland.csv", rows)
     result = run("predict", model, hospitals / "cleveland.csv")
     assert result.code == 0
-    assert "column 'chol': 40 values lay outside the public range" in result.err
+    assert "rows: values outside the public range were moved to its end: chol 40" in result.err
     assert "4000" not in result.err
 
 
