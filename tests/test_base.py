@@ -88,6 +88,10 @@ def test_replace_file_leaves_the_old_file_or_the_new_one(tmp_path: Path, monkeyp
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+    with path.open("rb") as reader:  # who had the old file open goes on reading the old file, whole
+        replace_file(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("name", RULES)
