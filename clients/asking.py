@@ -25,13 +25,8 @@ class Served:
     circuit: PublicCircuit
     schema: Schema
 
-    @property
-    def labels(self) -> tuple[str, str]:
-        return self.circuit.labels
-
-    @property
-    def threshold(self) -> float:
-        return self.circuit.threshold
+    labels: tuple[str, str]
+    threshold: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +49,18 @@ def describe(url: str) -> Served:
     """
     with Transport(url) as transport:
         circuit = PublicCircuit.from_bytes(transport.send("GET", "/v1/circuit"))
-    schema = from_json(circuit.schema)
-    if schema.digest() != circuit.schema_digest or schema.width != circuit.spec.inputs:
+    about = circuit.about
+    try:
+        schema, digest = from_json(about["schema"]), about["schema_digest"]
+        negative, positive = (str(label) for label in about["labels"])
+        threshold = float(about["threshold"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise EncryptedError(f"{url}: the circuit does not say what it answers ({type(error).__name__})") from None
+    if schema.digest() != digest or [part.shape for part in circuit.inputs] != [(schema.width,)]:
         raise EncryptedError(f"{url}: the server's schema is not the one its model was trained with")
-    return Served(circuit=circuit, schema=schema)
+    if circuit.outputs != 1 or not 0.0 < threshold < 1.0:
+        raise EncryptedError(f"{url}: got {circuit.outputs} outputs and threshold {threshold}, expected a logit")
+    return Served(circuit=circuit, schema=schema, labels=(negative, positive), threshold=threshold)
 
 
 def ask(url: str, served: Served, features: NDArray[np.floating[Any]], *, rows_per_query: int | None = None) -> Asked:
@@ -82,7 +85,7 @@ def ask(url: str, served: Served, features: NDArray[np.floating[Any]], *, rows_p
             rows = features[start : start + size]
             query = client.encrypt(rows)
             answer = transport.send("POST", f"/v1/query/{digest}", query)
-            logits.append(client.decrypt(answer, rows=len(rows))[:, 0])
+            logits.append(client.decrypt(answer)[:, 0])
             latency_ms.append((time.perf_counter() - began) * 1e3)
             bytes_up, bytes_down = bytes_up + len(query), bytes_down + len(answer)
     every = np.concatenate(logits) if logits else np.zeros(0)

@@ -16,6 +16,7 @@
     │   ├── MessageTooLarge
     │   └── UnsupportedVersion
     ├── EncryptedError            a ciphertext, key set or circuit that does not fit
+    │   └── CompileError          a network that no circuit computes, with the layer at fault
     ├── RemoteError               the other side answered with an error, or not at all
     └── RoundFailed               too few devices answered
 
@@ -92,6 +93,10 @@ class UnsupportedVersion(WireError):
 
 class EncryptedError(FedinferError):
     """A ciphertext, a key set or a circuit that does not fit."""
+
+
+class CompileError(EncryptedError):
+    """A network that no circuit computes; the message names the layer."""
 
 
 class RemoteError(FedinferError):

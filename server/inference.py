@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from fedinfer.encrypted import EncryptedEngine
+from fedinfer.encrypted import Compiled, EncryptedEngine, compile_served
 from fedinfer.encrypted.frames import MAX_KEY_BYTES, MAX_QUERY_BYTES
 from fedinfer.errors import BadUsage, FedinferError, MessageTooLarge
 from fedinfer.models import Model
@@ -30,15 +30,12 @@ MAX_WAITING = 64
 SHUTDOWN_S = 5
 
 
-def create_app(model: Model) -> FastAPI:
-    """An ASGI app that answers encrypted queries to `model`.
-
-    Raises: EncryptedError if the model's family has no circuit.
-    """
-    engine = EncryptedEngine(model)
+def create_app(compiled: Compiled) -> FastAPI:
+    """An ASGI app that answers encrypted queries to a compiled model."""
+    engine = EncryptedEngine(compiled)
     circuit = engine.circuit.to_bytes()
     store = KeyStore(max_bytes=MAX_STORED_KEY_BYTES)
-    # SEAL holds the interpreter while it computes: one at a time, and a short queue.
+    # Every query uses all there is of one core: one at a time, and a short queue.
     turn = asyncio.Semaphore(1)
     waiting = 0
     app = FastAPI(title="fedinfer encrypted inference", docs_url=None, redoc_url=None)
@@ -117,9 +114,9 @@ def _error(status: int, kind: str, message: str) -> Response:
 def serve(model: Model, *, host: str, port: int, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; `on_ready` gets the URL once the port is taken.
 
-    Raises: BadUsage if the address cannot be listened on.
+    Raises: BadUsage if the address cannot be listened on; CompileError if the model has no encrypted form.
     """
-    app = create_app(model)
+    app = create_app(compile_served(model))
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -23,7 +23,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("encrypted", "models"), ("inference", "models")}
 OWNERS = {
     "flwr": {"flower", "simulation", "server", "clients/app.py", "cli/train.py"},
-    "tenseal": {"encrypted/scheme.py"},
+    "tenseal": {"encrypted/seal.py"},
     "opacus": set(),
     "dp_accounting": {"privacy/accounting.py"},
     "sqlite3": {"privacy/ledger.py"},

@@ -1,7 +1,18 @@
-"""Encrypted inference under CKKS: a public circuit, a client with the key, a server with the model."""
+"""Encrypted inference under CKKS: compile a network, a client with the key, a server with the model."""
 
-from fedinfer.encrypted.circuit import PublicCircuit, public_circuit
+from fedinfer.encrypted.circuit import PublicCircuit
 from fedinfer.encrypted.client import EncryptedClient
+from fedinfer.encrypted.compiler import Compiled, StatisticalFlooding, compile_model
 from fedinfer.encrypted.engine import EncryptedEngine, EncryptedSession
+from fedinfer.encrypted.serving import compile_served
 
-__all__ = ["EncryptedClient", "EncryptedEngine", "EncryptedSession", "PublicCircuit", "public_circuit"]
+__all__ = [
+    "Compiled",
+    "EncryptedClient",
+    "EncryptedEngine",
+    "EncryptedSession",
+    "PublicCircuit",
+    "StatisticalFlooding",
+    "compile_model",
+    "compile_served",
+]

@@ -1,14 +1,12 @@
-"""What is public of a served model, and the private circuit that the server runs.
+"""What is public of a compiled network, and the private plan that the server runs.
 
-Layout: a row takes `stride` slots, one block of `block` slots for each hidden unit (one block in all for logistic
-regression); the client repeats the row's features in every block. A layer is then one product with the weights laid
-out alike and a sum over rotations. The activation x/2 + x²/4 is ((x + 1)² - 1) / 4, so its constants fold into the
-layers around it.
+The public circuit says how to lay out features, which keys to make and how to read an answer. It depends on the shapes
+of the network and on the sizes of its values; SECURITY.md lists what that gives away.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -16,188 +14,301 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedinfer.encrypted.params import PARAMETERS, Parameters
-from fedinfer.encrypted.scheme import Ciphertext, ServerSide
-from fedinfer.errors import BadUsage, EncryptedError, WireError
-from fedinfer.models import Model, ModelSpec
+from fedinfer.encrypted.evaluator import Term
+from fedinfer.encrypted.keys import KeyPlan
+from fedinfer.encrypted.packing import Layout
+from fedinfer.encrypted.params import Parameters
+from fedinfer.encrypted.scheme import Encoder, ServerSide
+from fedinfer.errors import EncryptedError, NonFinite, ShapeMismatch, WireError
 from fedinfer.wire import Frame, Kind, decode, encode
 
 Floats = NDArray[np.float64]
-MAX_CIRCUIT_BYTES = 1 << 20
-MAX_CIPHERTEXTS = 64
+MAX_CIRCUIT_BYTES = 1 << 24
+MAX_LAYOUT_BYTES = 1 << 26
+MAX_ROWS = 64
+MAX_ROTATIONS = 4096
+FORMAT = 2
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+@dataclass(frozen=True, kw_only=True)
+class PublicInput:
+    """One argument of the network: its shape for one example and where its elements lie."""
 
+    shape: tuple[int, ...]
+    layout: Layout = field(repr=False)
+    bound: float
 
-def _doublings(start: int, end: int) -> tuple[int, ...]:
-    steps = []
-    while start < end:
-        steps.append(start)
-        start *= 2
-    return tuple(steps)
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublicCircuit:
-    """All that a client needs to ask, and nothing that depends on a weight: shapes, parameters, the public schema."""
+    """All that a client needs to ask. It holds no weights.
 
-    spec: ModelSpec
-    schema: Mapping[str, Any] = field(repr=False)
-    schema_digest: str
-    labels: tuple[str, str]
-    threshold: float
+    `outputs` numbers come back for a row, in the first of `classes` (a power of two); a row's answer is multiplied by
+    `scale`. `error` bounds what noise changes an output by, twice the largest seen on the calibration data;
+    `approximation` is what the polynomials for activations change it by there. `about` is whatever the server says of
+    its model (its schema, its labels).
+    """
+
+    parameters: Parameters
+    keys: KeyPlan
+    inputs: tuple[PublicInput, ...]
+    outputs: int
+    classes: int
+    answers: int
+    scale: float
+    error: float
+    approximation: float = 0.0
+    about: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.spec.family not in PARAMETERS:
-            raise EncryptedError(
-                f"model family {self.spec.family!r}: it has no circuit; expected {', '.join(PARAMETERS)}"
+        slots, levels = self.parameters.slots, self.parameters.levels
+        fits = (
+            1 <= self.classes <= slots
+            and slots % self.classes == 0
+            and 1 <= self.outputs <= self.classes * self.answers
+            and 0 <= self.keys.relinearisation <= levels
+            and len(self.keys.rotations) <= MAX_ROTATIONS
+            and len({step for step, _ in self.keys.rotations}) == len(self.keys.rotations)
+            and all(0 < step < slots and 1 <= level <= levels for step, level in self.keys.rotations)
+            and (self.parameters.special or not (self.keys.rotations or self.keys.relinearisation))
+            and len(self.inputs) >= 1
+            and np.isfinite([self.scale, self.error, self.approximation]).all()
+            and self.scale > 0
+        )
+        for part in self.inputs:
+            held = part.layout.held
+            fits = (
+                fits
+                and held.ndim == 2
+                and held.shape[1] >= 1
+                and slots % held.shape[1] == 0
+                and bool((held < part.size).all())
+                and np.isfinite(part.bound)
+                and part.bound > 0
             )
-        if not 0.0 < self.threshold < 1.0:
-            raise EncryptedError(f"threshold: got {self.threshold}, expected a probability between 0 and 1")
-        if self.stride > self.parameters.slots:
-            raise EncryptedError(
-                f"model: got {self.spec.inputs} inputs and {self.spec.hidden} hidden units: {self.stride} slots, "
-                f"expected at most {self.parameters.slots}"
-            )
-
-    @property
-    def parameters(self) -> Parameters:
-        return PARAMETERS[self.spec.family]
-
-    @property
-    def block(self) -> int:
-        """Slots of one copy of the features."""
-        return _power_of_two(self.spec.inputs)
-
-    @property
-    def stride(self) -> int:
-        """Slots of one row."""
-        return self.block * (_power_of_two(self.spec.hidden) if self.spec.family == "mlp" else 1)
-
-    @property
-    def rows_per_ciphertext(self) -> int:
-        return self.parameters.slots // self.stride
-
-    @property
-    def inner_steps(self) -> tuple[int, ...]:
-        """Rotations that sum a block."""
-        return _doublings(1, self.block)
-
-    @property
-    def outer_steps(self) -> tuple[int, ...]:
-        """Rotations that sum the blocks of a row."""
-        return _doublings(self.block, self.stride)
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return self.inner_steps + self.outer_steps
+        if not fits:
+            raise EncryptedError("circuit: its keys, layouts and outputs do not fit its parameters")
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything public: keys and queries are for one circuit."""
-        return hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
-    def _fields(self) -> dict[str, Any]:
-        return {
-            "spec": asdict(self.spec),
-            "schema": dict(self.schema),
-            "schema_digest": self.schema_digest,
-            "labels": list(self.labels),
-            "threshold": self.threshold,
-            "parameters": asdict(self.parameters),
-        }
+    @property
+    def ciphertexts(self) -> int:
+        """Ciphertexts in a query for one row."""
+        return sum(len(part.layout.held) for part in self.inputs)
 
     def to_bytes(self) -> bytes:
-        """One CIRCUIT frame."""
-        return encode(Frame(kind=Kind.CIRCUIT, header=self._fields()))
+        """One CIRCUIT frame: the fields as JSON, the layouts compressed."""
+        layouts = [np.ascontiguousarray(part.layout.held, "<i4") for part in self.inputs]
+        header = {
+            "format": FORMAT,
+            "parameters": {**asdict(self.parameters), "prime_bits": list(self.parameters.prime_bits)},
+            "relinearisation": self.keys.relinearisation,
+            "rotations": [list(pair) for pair in self.keys.rotations],
+            "inputs": [
+                {"shape": list(part.shape), "held": list(held.shape), "bound": part.bound}
+                for part, held in zip(self.inputs, layouts, strict=True)
+            ],
+            "outputs": self.outputs,
+            "classes": self.classes,
+            "answers": self.answers,
+            "scale": self.scale,
+            "error": self.error,
+            "approximation": self.approximation,
+            "about": dict(self.about),
+        }
+        body = zlib.compress(b"".join(held.tobytes() for held in layouts), 9)
+        return encode(Frame(kind=Kind.CIRCUIT, header=header, body=body))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Read a CIRCUIT frame.
 
-        Raises: WireError if it is not one; EncryptedError if its parameters are not the ones this version uses,
-        so that a server cannot talk a client into weak ones.
+        Guarantees: its parameters have 128-bit security, so that a server cannot talk a client into weak ones.
+        Raises: WireError if it is not one; EncryptedError if its parts do not fit together.
         """
-        fields = decode(data, Kind.CIRCUIT, max_bytes=MAX_CIRCUIT_BYTES).header
+        frame = decode(data, Kind.CIRCUIT, max_bytes=MAX_CIRCUIT_BYTES)
+        fields = frame.header
         try:
-            negative, positive = fields["labels"]
-            circuit = cls(
-                spec=ModelSpec(**fields["spec"]),
-                schema=fields["schema"],
-                schema_digest=str(fields["schema_digest"]),
-                labels=(str(negative), str(positive)),
-                threshold=float(fields["threshold"]),
+            if fields["format"] != FORMAT:
+                raise WireError(f"circuit: got format {fields['format']}, expected {FORMAT}; update the older side")
+            literal = fields["parameters"]
+            parameters = Parameters(
+                degree=int(literal["degree"]),
+                prime_bits=tuple(int(bits) for bits in literal["prime_bits"]),
+                special=bool(literal["special"]),
+                scale_bits=float(literal["scale_bits"]),
             )
-            named = Parameters(**{**fields["parameters"], "prime_bits": tuple(fields["parameters"]["prime_bits"])})
-        except (KeyError, TypeError, ValueError, BadUsage) as error:
-            raise WireError(f"circuit: a field does not hold ({error})") from None
-        if named != circuit.parameters:
-            raise EncryptedError(f"circuit: got parameters {named}, expected {circuit.parameters}")
-        return circuit
+            return cls(
+                parameters=parameters,
+                keys=KeyPlan(
+                    relinearisation=int(fields["relinearisation"]),
+                    rotations=tuple((int(step), int(level)) for step, level in fields["rotations"]),
+                ),
+                inputs=tuple(_inputs(fields["inputs"], frame.body)),
+                outputs=int(fields["outputs"]),
+                classes=int(fields["classes"]),
+                answers=int(fields["answers"]),
+                scale=float(fields["scale"]),
+                error=float(fields["error"]),
+                approximation=float(fields["approximation"]),
+                about=dict(fields["about"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
+            raise WireError(f"circuit: a field does not hold ({type(error).__name__})") from None
 
-    def pack(self, features: NDArray[np.floating[Any]]) -> Floats:
-        """Lay out rows (n, d), n at most `rows_per_ciphertext`, in the slots of one ciphertext."""
-        slots = np.zeros((self.rows_per_ciphertext, self.stride // self.block, self.block))
-        slots[: len(features), :, : self.spec.inputs] = features[:, None, :]
-        return slots.reshape(-1)
+    def pack(self, rows: Sequence[Floats]) -> Iterator[Floats]:
+        """The slots of each ciphertext of one row: arguments (size,) each."""
+        for part, row in zip(self.inputs, rows, strict=True):
+            yield from part.layout.spread(row, self.parameters.slots)
 
-    def unpack(self, slots: Floats, rows: int) -> Floats:
-        """The logits (rows, 1) of a decrypted answer."""
-        return slots[:: self.stride][:rows, None].copy()
+    def arguments(self, features: Any) -> list[Floats]:
+        """Features, one array (n, ...) for each input, as flat rows (n, size).
+
+        Raises: ShapeMismatch, NonFinite; EncryptedError if a value is out of the circuit's range or rows are too many.
+        """
+        given = features if isinstance(features, tuple) else (features,)
+        if len(given) != len(self.inputs):
+            raise EncryptedError(f"features: got {len(given)} arrays, expected {len(self.inputs)}")
+        flat = []
+        for array, part in zip(given, self.inputs, strict=True):
+            values = np.asarray(array, np.float64)
+            if values.ndim < 2 or values.shape[1:] != part.shape:
+                raise ShapeMismatch(got=values.shape, expected=("n", *part.shape), what="features")
+            if not np.isfinite(values).all():
+                raise NonFinite("features: got NaN or infinity, expected finite numbers")
+            if len(values) and float(np.abs(values).max()) > part.bound:
+                raise EncryptedError(
+                    f"features: got a value outside the circuit's range, expected at most {part.bound:g} either way"
+                )
+            flat.append(values.reshape(len(values), part.size))
+        count = len(flat[0])
+        if not 1 <= count <= MAX_ROWS or any(len(rows) != count for rows in flat):
+            raise EncryptedError(f"query: got {[len(rows) for rows in flat]} rows, expected 1 to {MAX_ROWS} of each")
+        return flat
 
 
-def public_circuit(model: Model) -> PublicCircuit:
-    """The public part of a model."""
-    return PublicCircuit(
-        spec=model.spec,
-        schema=model.schema,
-        schema_digest=model.schema_digest,
-        labels=model.labels,
-        threshold=model.threshold,
-    )
+def _inputs(fields: Sequence[Mapping[str, Any]], body: bytes) -> Iterator[PublicInput]:
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(body, MAX_LAYOUT_BYTES)
+    at = 0
+    for part in fields:
+        rows, period = (int(number) for number in part["held"])
+        if not (1 <= rows <= 4096 and 1 <= period <= 1 << 15):
+            raise ValueError("layout")
+        held = np.frombuffer(data, "<i4", rows * period, at).reshape(rows, period).astype(np.int64)
+        at += 4 * rows * period
+        shape = tuple(int(number) for number in part["shape"])
+        if not all(1 <= number <= 1 << 24 for number in shape):
+            raise ValueError("shape")
+        yield PublicInput(shape=shape, layout=Layout(held=np.maximum(held, -1)), bound=float(part["bound"]))
+    if at != len(data):
+        raise ValueError("layouts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapStep:
+    """One affine map: for each output ciphertext its terms, then a rescale, folds and a constant.
+
+    `factors` bring each source to `level`; `vectors` are weights in slots, `plain_scales` what each is multiplied by.
+    """
+
+    name: str
+    target: int
+    sources: tuple[int, ...]
+    factors: tuple[int, ...]
+    level: int
+    lower: int
+    scale: float
+    terms: tuple[tuple[Term, ...], ...]
+    vectors: tuple[Floats, ...] = field(repr=False)
+    plain_scales: tuple[float, ...] = field(repr=False)
+    folds: tuple[tuple[int, ...], ...]
+    constants: tuple[Floats, ...] = field(repr=False)
+
+    @property
+    def turns(self) -> bool:
+        return any(term.baby or term.giant for terms in self.terms for term in terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductStep:
+    """Two values multiplied slot by slot, then a rescale."""
+
+    name: str
+    target: int
+    left: int
+    right: int
+    factors: tuple[int, int]
+    level: int
+    lower: int
+
+
+Step = MapStep | ProductStep
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateCircuit:
-    """The server's vectors of slots: the weights, laid out."""
+    """The steps of the server. Value k of the first is input k; the last step makes the answer."""
 
-    circuit: PublicCircuit
-    first: Floats = field(repr=False)
-    first_bias: Floats = field(repr=False)
-    second: Floats | None = field(repr=False)
-    bias: float = field(repr=False)
+    steps: tuple[Step, ...]
+    flood: float
 
-    @classmethod
-    def of(cls, model: Model) -> Self:
-        """Lay out the weights of `model` for its circuit."""
-        circuit = public_circuit(model)
-        tensors = [tensor.double().numpy() for tensor in model.state.values()]
-        weight, bias = tensors[0], tensors[1]
-        units = circuit.stride // circuit.block
-        first = np.zeros((circuit.rows_per_ciphertext, units, circuit.block))
-        first[:, : len(weight), : circuit.spec.inputs] = weight
-        starts = np.zeros_like(first)
-        second = None
-        if len(tensors) == 4:
-            starts[:, : len(weight), 0] = bias + 1.0
-            outgoing = np.zeros_like(first)
-            outgoing[:, : len(weight), 0] = tensors[2][0] / 4.0
-            second, last = outgoing.reshape(-1), float(tensors[3][0] - tensors[2].sum() / 4.0)
-        else:
-            last = float(bias[0])
-        return cls(circuit=circuit, first=first.reshape(-1), first_bias=starts.reshape(-1), second=second, bias=last)
+    def encode(self, encoder: Encoder, parameters: Parameters) -> dict[int, tuple[list[Any], list[Any]]]:
+        """For each map its weights and constants as plaintexts, which are the same for every client."""
+        encoded = {}
+        for step in self.steps:
+            if isinstance(step, MapStep):
+                weights = [
+                    encoder.encode(vector, scale, step.level, extended=step.turns)
+                    for vector, scale in zip(step.vectors, step.plain_scales, strict=True)
+                ]
+                scale = step.scale
+                for prime in parameters.primes[step.lower : step.level]:
+                    scale /= prime
+                constants = [encoder.encode(vector, scale, step.lower, extended=False) for vector in step.constants]
+                encoded[step.target] = (weights, constants)
+        return encoded
 
-    def run(self, server: ServerSide, query: Ciphertext) -> Ciphertext:
-        """Logits in the first slot of each row, zero in every other slot, re-randomised.
 
-        Rotate-and-sum leaves partial sums of weights in the slots between; one answer would give them all away.
-        """
-        mask = np.zeros(self.circuit.parameters.slots)
-        mask[:: self.circuit.stride] = 1.0
-        x = server.rotate_and_sum(server.times(query, self.first), self.circuit.inner_steps)
-        if self.second is not None:
-            x = server.square(server.plus(x, self.first_bias))
-            x = server.rotate_and_sum(server.times(x, self.second), self.circuit.outer_steps)
-        return server.rerandomise(server.plus(server.times(x, mask), mask * self.bias))
+def execute(
+    private: PrivateCircuit,
+    encoded: Mapping[int, tuple[list[Any], list[Any]]],
+    server: ServerSide,
+    inputs: Sequence[Sequence[Any]],
+) -> list[Any]:
+    """Run the steps on one row: the ciphertexts of each input in, those of the answer out."""
+    values: dict[int, Sequence[Any]] = dict(enumerate(inputs))
+    for step in private.steps:
+        values[step.target] = run_step(step, encoded.get(step.target), server, values)
+    return list(values[private.steps[-1].target])
+
+
+def run_step(step: Step, encoded: Any, server: ServerSide, values: Mapping[int, Sequence[Any]]) -> list[Any]:
+    """The ciphertexts of one step's value."""
+    if isinstance(step, ProductStep):
+        out = []
+        for left, right in zip(values[step.left], values[step.right], strict=True):
+            a = server.align(left, step.level, step.factors[0])
+            b = a if right is left else server.align(right, step.level, step.factors[1])
+            out.append(server.rescale(server.multiply(a, b), step.lower))
+        return out
+    weights, constants = encoded
+    sources = [
+        server.align(x, step.level, factor)
+        for source, factor in zip(step.sources, step.factors, strict=True)
+        for x in values[source]
+    ]
+    out = []
+    for x, constant in zip(server.linear(sources, step.terms, weights, step.scale), constants, strict=True):
+        y = server.rescale(x, step.lower)
+        for steps in step.folds:
+            y = server.rotate_and_sum(y, steps)
+        out.append(server.add_plain(y, constant))
+    return out

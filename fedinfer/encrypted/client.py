@@ -1,19 +1,21 @@
-"""The client of an encrypted query: makes the keys, encrypts features, decrypts logits.
+"""The client of an encrypted query: makes the keys, encrypts features, decrypts answers.
 
 Adversary: a server that follows the protocol and tries to read the query or the answer. Decrypted CKKS values carry
-noise that depends on the secret key (Li and Micciancio 2021, eprint 2020/1533): they are for the key holder's eyes,
-and nothing here sends them on.
+noise that depends on the secret key, and whoever sees enough of them finds the key (Li and Micciancio 2021, eprint
+2020/1533): what `decrypt` returns is for the key holder's eyes, and only what `release` returns may be shared.
 """
 
+import math
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedinfer.encrypted.circuit import MAX_CIPHERTEXTS, Floats, PublicCircuit
+from fedinfer.encrypted.circuit import MAX_ROWS, Floats, PublicCircuit
 from fedinfer.encrypted.frames import MAX_ANSWER_BYTES, join, split
+from fedinfer.encrypted.sampling import gaussian
 from fedinfer.encrypted.scheme import Scheme, SecretSide, TenSeal
-from fedinfer.errors import EncryptedError, NonFinite, ShapeMismatch
+from fedinfer.errors import BadUsage, EncryptedError
 from fedinfer.wire import Kind
 
 
@@ -27,45 +29,65 @@ class EncryptedClient:
     @classmethod
     def generate(cls, circuit: PublicCircuit, scheme: Scheme | None = None) -> Self:
         """Make fresh keys for `circuit` from the operating system's randomness."""
-        return cls(circuit, (scheme or TenSeal()).secret_side(circuit.parameters, circuit.steps))
+        return cls(circuit, (scheme or TenSeal()).secret_side(circuit.parameters, circuit.keys))
 
     @property
     def max_rows(self) -> int:
         """Rows that one query may hold."""
-        return self._circuit.rows_per_ciphertext * MAX_CIPHERTEXTS
+        return MAX_ROWS
 
     def evaluation_keys(self) -> bytes:
         """The public keys that the server needs; not the secret key."""
         return join(Kind.EVALUATION_KEYS, self._circuit.digest, self._secret.public_keys())
 
-    def encrypt(self, features: NDArray[np.floating[Any]]) -> bytes:
-        """A query for features (n, d).
+    def encrypt(self, features: NDArray[np.floating[Any]] | tuple[NDArray[np.floating[Any]], ...]) -> bytes:
+        """A query for features (n, ...), or a tuple of them for several inputs.
 
         Guarantees: its size depends on n and the circuit only.
-        Raises: ShapeMismatch, NonFinite; EncryptedError for more than `max_rows` rows.
+        Raises: ShapeMismatch, NonFinite; EncryptedError for too many rows or a value out of the circuit's range.
         """
-        if features.ndim != 2 or features.shape[1] != self._circuit.spec.inputs:
-            raise ShapeMismatch(got=features.shape, expected=f"(n, {self._circuit.spec.inputs})", what="features")
-        if not np.isfinite(features).all():
-            raise NonFinite("features: got NaN or infinity, expected finite numbers")
-        if not 1 <= len(features) <= self.max_rows:
-            raise EncryptedError(f"query: got {len(features)} rows, expected 1 to {self.max_rows}")
-        size = self._circuit.rows_per_ciphertext
+        arguments = self._circuit.arguments(features)
         parts = [
-            self._secret.encrypt(self._circuit.pack(features[i : i + size])) for i in range(0, len(features), size)
+            self._secret.encrypt(slots)
+            for row in range(len(arguments[0]))
+            for slots in self._circuit.pack([argument[row] for argument in arguments])
         ]
         return join(Kind.QUERY, self._circuit.digest, parts)
 
-    def decrypt(self, answer: bytes, *, rows: int) -> Floats:
-        """Logits (rows, 1) of an answer to a query of that many rows.
+    def decrypt(self, answer: bytes) -> Floats:
+        """The outputs (n, outputs) of an answer to a query of n rows.
 
-        Raises: WireError or EncryptedError if it is not such an answer.
+        Raises: WireError or EncryptedError if it is not an answer.
         """
-        size = self._circuit.rows_per_ciphertext
-        parts = split(answer, Kind.ANSWER, self._circuit.digest, max_bytes=MAX_ANSWER_BYTES, max_parts=MAX_CIPHERTEXTS)
-        if len(parts) != -(-rows // size):
-            raise EncryptedError(f"answer: got {len(parts)} ciphertexts, expected {-(-rows // size)}")
-        logits = [
-            self._circuit.unpack(self._secret.decrypt(part), min(size, rows - i * size)) for i, part in enumerate(parts)
-        ]
-        return np.concatenate(logits)
+        circuit = self._circuit
+        parts = split(
+            answer, Kind.ANSWER, circuit.digest, max_bytes=MAX_ANSWER_BYTES, max_parts=MAX_ROWS * circuit.answers
+        )
+        if len(parts) % circuit.answers:
+            raise EncryptedError(f"answer: got {len(parts)} ciphertexts, expected a multiple of {circuit.answers}")
+        values = [self._secret.decrypt(part, outputs=circuit.classes, scale=circuit.scale) for part in parts]
+        rows: Floats = np.stack(values).reshape(-1, circuit.answers * circuit.classes)[:, : circuit.outputs]
+        return rows
+
+    def release(self, answer: bytes, *, releases: int, bits: int = 30) -> Floats:
+        """The outputs (n, outputs) with noise that hides the key, rounded: what may be shown to others.
+
+        Guarantees: `releases` numbers released under one key, by calls that all state that many, tell them apart from
+        ones made without the key with an advantage of at most 2^(-bits / 2); the noise is Gaussian with deviation
+        error * sqrt(12 * releases) * 2^(bits / 2), and the result a multiple of a quarter of it.
+        Raises: as `decrypt`; BadUsage for bits or releases below one, or fewer releases than this answer has numbers.
+        Reference: Li, Micciancio, Schultz and Sorrell 2022, eprint 2022/816, theorem 3.
+        """
+        outputs = self.decrypt(answer)
+        if bits < 1 or releases < outputs.size:
+            raise BadUsage(f"release: got {releases} releases and {bits} bits, expected {outputs.size} and 1 or more")
+        deviation = self._circuit.error * math.sqrt(12.0 * releases) * 2.0 ** (bits / 2)
+        grid = deviation / 4
+        noisy: Floats = np.rint((outputs + deviation * gaussian(outputs.size).reshape(outputs.shape)) / grid) * grid
+        return noisy
+
+    def labels(self, answer: bytes, *, releases: int, bits: int = 30) -> NDArray[np.int64]:
+        """The decision for each row of `release`, (n,): the largest output, or 1 if a single one is not negative."""
+        released = self.release(answer, releases=releases, bits=bits)
+        decided = released.argmax(axis=1) if released.shape[1] > 1 else released[:, 0] >= 0
+        return np.asarray(decided, np.int64)

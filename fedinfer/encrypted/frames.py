@@ -1,6 +1,10 @@
 """Keys, queries and answers on the wire: frames of a few parts, bound to one circuit by its digest."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedinfer.errors import EncryptedError, WireError
 from fedinfer.wire import Frame, Kind, decode, encode
@@ -37,3 +41,44 @@ def split(data: bytes, kind: Kind, digest: str, *, max_bytes: int, max_parts: in
         parts.append(frame.body[start : start + size])
         start += size
     return parts
+
+
+def pack(residues: NDArray[Any], primes: Sequence[int]) -> bytes:
+    """Residues (..., len(primes), N) in as few whole bytes each as their prime needs."""
+    rows = residues.reshape(-1, len(primes), residues.shape[-1])
+    out = []
+    for poly in rows:
+        for row, prime in zip(poly, primes, strict=True):
+            octets = np.ascontiguousarray(row, "<u8").view(np.uint8).reshape(-1, 8)
+            out.append(octets[:, : width(prime)].tobytes())
+    return b"".join(out)
+
+
+def unpack(data: bytes, primes: Sequence[int], size: int, *, polynomials: int, what: str) -> NDArray[np.uint64]:
+    """The residues (polynomials, len(primes), size) of `pack`.
+
+    Raises: WireError unless there are as many bytes as that takes, and every residue is below its prime.
+    """
+    expected = packed_bytes(primes, size) * polynomials
+    if len(data) != expected:
+        raise WireError(f"{what}: got {len(data)} bytes, expected {expected}")
+    out = np.zeros((polynomials, len(primes), size), np.uint64)
+    octets, start = out.view(np.uint8).reshape(polynomials, len(primes), size, 8), 0
+    for poly in range(polynomials):
+        for index, prime in enumerate(primes):
+            count = width(prime) * size
+            octets[poly, index, :, : width(prime)] = np.frombuffer(data, np.uint8, count, start).reshape(size, -1)
+            start += count
+            if int(out[poly, index].max()) >= prime:
+                raise WireError(f"{what}: got a residue that is not below its prime")
+    return out
+
+
+def width(prime: int) -> int:
+    """Bytes of a residue."""
+    return (prime.bit_length() + 7) // 8
+
+
+def packed_bytes(primes: Sequence[int], size: int) -> int:
+    """Bytes of one polynomial of `size` residues modulo each prime."""
+    return size * sum(width(prime) for prime in primes)

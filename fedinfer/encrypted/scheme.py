@@ -1,267 +1,267 @@
-"""The seam between circuits and cryptography: one circuit runs on TenSEAL for real and in the clear for tests.
+"""The seam between circuits and cryptography: one circuit runs under CKKS for real and in the clear for tests.
 
 A `SecretSide` belongs to the client and holds the secret key; it has no serialiser. A `ServerSide` holds the client's
-public keys only. Ciphertexts cross as bytes. SEAL writes and reads files only, so bytes go through a folder in memory.
+public keys only. An `Encoder` makes plaintexts, once for all clients. Ciphertexts cross as bytes.
 """
 
-import os
-import tempfile
+import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
+from fedinfer.encrypted import frames, noise
+from fedinfer.encrypted.evaluator import Ciphertext, Evaluator, Term
+from fedinfer.encrypted.frames import packed_bytes, unpack
+from fedinfer.encrypted.keys import KeyPlan, read_keys
 from fedinfer.encrypted.params import Parameters
-from fedinfer.errors import EncryptedError
+from fedinfer.encrypted.ring import Ring, held_by, ring_of
+from fedinfer.encrypted.sampling import ternary_and_errors, wide_noise
+from fedinfer.encrypted.xof import SEED_BYTES, uniform_residues
+from fedinfer.errors import EncryptedError, WireError
 
 Floats = NDArray[np.float64]
-Ciphertext = Any
-MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 class SecretSide(Protocol):
     """The client's half: keys, encryption and decryption."""
 
-    def public_keys(self) -> tuple[bytes, ...]: ...
-    def encrypt(self, values: Floats) -> bytes: ...
-    def decrypt(self, answer: bytes) -> Floats: ...
+    def public_keys(self) -> Sequence[bytes]: ...
+    def encrypt(self, slots: Floats) -> bytes: ...
+    def decrypt(self, answer: bytes, *, outputs: int, scale: float) -> Floats: ...
+
+
+class Encoder(Protocol):
+    """Plaintexts: vectors of slots at a scale and level, ready to multiply (`extended` for use between turns)."""
+
+    def encode(self, slots: Floats, scale: float, level: int, *, extended: bool) -> Any: ...
 
 
 class ServerSide(Protocol):
-    """The server's half: arithmetic on vectors of `Parameters.slots` numbers that it cannot see."""
+    """The server's half: arithmetic on vectors of slots that it cannot see. Ciphertexts have `level` and `scale`."""
 
-    def read(self, query: bytes) -> Ciphertext: ...
-    def write(self, answer: Ciphertext) -> bytes: ...
-    def times(self, x: Ciphertext, values: Floats) -> Ciphertext: ...
-    def plus(self, x: Ciphertext, values: Floats) -> Ciphertext: ...
-    def square(self, x: Ciphertext) -> Ciphertext: ...
-    def rotate_and_sum(self, x: Ciphertext, steps: Sequence[int]) -> Ciphertext: ...
-    def rerandomise(self, x: Ciphertext) -> Ciphertext: ...
+    def read(self, query: bytes) -> Any: ...
+    def write(self, answer: Any, *, outputs: int, flood: float) -> bytes: ...
+    def linear(
+        self, sources: Sequence[Any], outputs: Sequence[Sequence[Term]], plains: Sequence[Any], scale: float
+    ) -> list[Any]: ...
+    def rotate_and_sum(self, x: Any, steps: Sequence[int]) -> Any: ...
+    def multiply(self, x: Any, y: Any) -> Any: ...
+    def add_plain(self, x: Any, plain: Any) -> Any: ...
+    def rescale(self, x: Any, level: int) -> Any: ...
+    def align(self, x: Any, level: int, factor: int) -> Any: ...
 
 
 class Scheme(Protocol):
-    """How to make the two halves for given parameters and rotation steps."""
+    """How to make the parts for given parameters and keys."""
 
-    def secret_side(self, parameters: Parameters, steps: Sequence[int]) -> SecretSide: ...
-    def server_side(self, parameters: Parameters, steps: Sequence[int], keys: Sequence[bytes]) -> ServerSide: ...
-
-
-class _Seal:
-    """What both halves know: the context, the levels and the primes."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        literal = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
-        literal.set_poly_modulus_degree(parameters.degree)
-        literal.set_coeff_modulus(seal.CoeffModulus.Create(parameters.degree, list(parameters.prime_bits)))
-        # SEAL refuses parameters below 128 bits too; our own table is checked in `Parameters`.
-        self.context = seal.SEALContext(literal, True, seal.SEC_LEVEL_TYPE.TC128)
-        if not self.context.parameters_set():
-            raise EncryptedError(f"parameters: SEAL refuses them ({self.context.parameters_error_name()})")
-        self.primes = [prime.value() for prime in literal.coeff_modulus()]
-        self.encoder = seal.CKKSEncoder(self.context)
-        self.scale = 2.0**parameters.scale_bits
-        self.top = parameters.top
-        self.ids = {}
-        data = self.context.first_context_data()
-        while data is not None:
-            self.ids[data.chain_index()] = data.parms_id()
-            data = data.next_context_data() if data.chain_index() > 0 else None
-
-    def encode(self, values: Floats, level: int, scale: float) -> Any:
-        plain = seal.Plaintext()
-        self.encoder.encode(values.tolist(), self.ids[level], scale, plain)
-        return plain
-
-    def load(self, kind: type, data: bytes, what: str) -> Any:
-        loaded = kind()
-        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-            path = Path(folder) / "object"
-            path.write_bytes(data)
-            try:
-                loaded.load(self.context, str(path))
-            # SEAL's errors come as RuntimeError, ValueError, IndexError or MemoryError, by where it stumbles.
-            except (RuntimeError, ValueError, IndexError, MemoryError, OverflowError):
-                raise EncryptedError(f"{what}: SEAL cannot read it for these parameters") from None
-        return loaded
-
-
-def _save(savable: Any) -> bytes:
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        path = Path(folder) / "object"
-        savable.save(str(path))
-        return path.read_bytes()
-
-
-class SealSecretSide:
-    """A fresh secret key and what can be done with it. It is not printed, copied or written anywhere."""
-
-    def __init__(self, parameters: Parameters, steps: Sequence[int]) -> None:
-        self._seal = _Seal(parameters)
-        self._degree = parameters.degree
-        self._steps = tuple(steps)
-        self._generator = seal.KeyGenerator(self._seal.context)
-        secret = self._generator.secret_key()
-        self._encryptor = seal.Encryptor(self._seal.context, secret)
-        self._decryptor = seal.Decryptor(self._seal.context, secret)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret key is not copied or written")
-
-    def public_keys(self) -> tuple[bytes, ...]:
-        """Public key, relinearisation key and just the rotation keys that are needed, each as bytes."""
-        public = seal.PublicKey()
-        self._generator.create_public_key(public)
-        # SEAL's overload for steps is shadowed by the one for Galois elements: 3^step mod 2N.
-        elements = [pow(3, step, 2 * self._degree) for step in self._steps]
-        relinearisation, rotations = self._generator.create_relin_keys(), self._generator.create_galois_keys(elements)
-        return _save(public), _save(relinearisation), _save(rotations)
-
-    def encrypt(self, values: Floats) -> bytes:
-        """Encrypt `slots` numbers under the secret key; half of the ciphertext is a seed."""
-        plain = self._seal.encode(values, self._seal.top, self._seal.scale)
-        return _save(self._encryptor.encrypt_symmetric(plain))
-
-    def decrypt(self, answer: bytes) -> Floats:
-        """Decrypt an answer into `slots` numbers.
-
-        Raises: EncryptedError if it is not a ciphertext at the last level.
-        """
-        x = self._seal.load(seal.Ciphertext, answer, "answer")
-        if x.parms_id() != self._seal.ids[0] or x.size() != 2:
-            raise EncryptedError("answer: got a ciphertext of another level or size, expected one at the last level")
-        plain = seal.Plaintext()
-        self._decryptor.decrypt(x, plain)
-        return np.asarray(self._seal.encoder.decode_double(plain), np.float64)
-
-
-class SealServerSide:
-    """Arithmetic under a client's public keys, with exact scales: every product ends at the query's own scale."""
-
-    def __init__(self, parameters: Parameters, steps: Sequence[int], keys: Sequence[bytes]) -> None:
-        self._seal = _Seal(parameters)
-        if len(keys) != 3:
-            raise EncryptedError(f"keys: got {len(keys)} parts, expected public, relinearisation and rotation keys")
-        public = self._seal.load(seal.PublicKey, keys[0], "public key")
-        self._relinearisation = self._seal.load(seal.RelinKeys, keys[1], "relinearisation key")
-        self._rotations = self._seal.load(seal.GaloisKeys, keys[2], "rotation keys")
-        missing = [s for s in steps if not self._rotations.has_key(pow(3, s, 2 * parameters.degree))]
-        if missing:
-            raise EncryptedError(f"rotation keys: got none for the steps {missing}, expected all of {list(steps)}")
-        self._encryptor = seal.Encryptor(self._seal.context, public)
-        self._evaluator = seal.Evaluator(self._seal.context)
-
-    def read(self, query: bytes) -> Ciphertext:
-        """Read a fresh query.
-
-        Raises: EncryptedError unless it is a ciphertext of two parts at the top level and the right scale.
-        """
-        x = self._seal.load(seal.Ciphertext, query, "query")
-        if x.parms_id() != self._seal.ids[self._seal.top] or x.size() != 2 or x.scale != self._seal.scale:
-            raise EncryptedError("query: got a ciphertext of another level, size or scale, expected a fresh one")
-        if x.is_transparent():
-            raise EncryptedError("query: got a ciphertext that hides nothing, expected an encryption")
-        return x
-
-    def write(self, answer: Ciphertext) -> bytes:
-        return _save(answer)
-
-    def times(self, x: Ciphertext, values: Floats) -> Ciphertext:
-        """Multiply slot by slot by plain numbers, one level down."""
-        level = self._level(x)
-        # Encoded at this scale, the product is at the query's scale exactly once the prime is divided out.
-        plain = self._seal.encode(values, level, self._seal.scale * self._seal.primes[level] / x.scale)
-        product = seal.Ciphertext()
-        self._evaluator.multiply_plain(x, plain, product)
-        self._evaluator.rescale_to_next_inplace(product)
-        product.scale = self._seal.scale
-        return product
-
-    def plus(self, x: Ciphertext, values: Floats) -> Ciphertext:
-        """Add plain numbers slot by slot."""
-        total = seal.Ciphertext()
-        self._evaluator.add_plain(x, self._seal.encode(values, self._level(x), x.scale), total)
-        return total
-
-    def square(self, x: Ciphertext) -> Ciphertext:
-        """Square every slot, one level down; the scale is then off by prime / scale, which `times` mends."""
-        result = seal.Ciphertext()
-        self._evaluator.square(x, result)
-        self._evaluator.relinearize_inplace(result, self._relinearisation)
-        self._evaluator.rescale_to_next_inplace(result)
-        return result
-
-    def rotate_and_sum(self, x: Ciphertext, steps: Sequence[int]) -> Ciphertext:
-        """Add to x its rotation by each step in turn: with steps 1, 2, 4, … slot i gets the sum of those after it."""
-        total = x
-        for step in steps:
-            turned, added = seal.Ciphertext(), seal.Ciphertext()
-            self._evaluator.rotate_vector(total, step, self._rotations, turned)
-            self._evaluator.add(total, turned, added)
-            total = added
-        return total
-
-    def rerandomise(self, x: Ciphertext) -> Ciphertext:
-        """Add an encryption of zero under the client's public key."""
-        zero, total = seal.Ciphertext(), seal.Ciphertext()
-        self._encryptor.encrypt_zero(x.parms_id(), zero)
-        zero.scale = x.scale
-        self._evaluator.add(x, zero, total)
-        return total
-
-    def _level(self, x: Ciphertext) -> int:
-        return int(x.coeff_modulus_size()) - 1
+    def secret_side(self, parameters: Parameters, plan: KeyPlan) -> SecretSide: ...
+    def server_side(self, parameters: Parameters, plan: KeyPlan, keys: Sequence[bytes]) -> ServerSide: ...
+    def encoder(self, parameters: Parameters) -> Encoder: ...
 
 
 class TenSeal:
-    """The real scheme: CKKS by SEAL, through TenSEAL's bindings."""
+    """CKKS: SEAL, through TenSEAL's bindings, holds the secrets; the server computes with `evaluator`."""
 
-    def secret_side(self, parameters: Parameters, steps: Sequence[int]) -> SecretSide:
-        return SealSecretSide(parameters, steps)
+    def secret_side(self, parameters: Parameters, plan: KeyPlan) -> SecretSide:
+        from fedinfer.encrypted.seal import SealSecretSide
 
-    def server_side(self, parameters: Parameters, steps: Sequence[int], keys: Sequence[bytes]) -> ServerSide:
-        return SealServerSide(parameters, steps, keys)
+        return SealSecretSide(parameters, plan)
+
+    def server_side(self, parameters: Parameters, plan: KeyPlan, keys: Sequence[bytes]) -> ServerSide:
+        return ResidueServerSide(parameters, plan, keys)
+
+    def encoder(self, parameters: Parameters) -> Encoder:
+        return ResidueEncoder(parameters)
+
+
+class ResidueEncoder:
+    """Plaintexts as residues in NTT form."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._ring = ring_of(parameters, parameters.primes)
+
+    def encode(self, slots: Floats, scale: float, level: int, *, extended: bool) -> Any:
+        return self._ring.encode(slots, scale, self._ring.chosen(level, special=extended))
+
+
+class ResidueServerSide:
+    """The server's half on residues. What comes in is checked byte by byte and never given to SEAL.
+
+    Raises: WireError or EncryptedError unless `keys` are just the keys of the plan.
+    """
+
+    def __init__(self, parameters: Parameters, plan: KeyPlan, keys: Sequence[bytes]) -> None:
+        self._parameters = parameters
+        self._ring: Ring = ring_of(parameters, parameters.primes)
+        self._keys = read_keys(self._ring, parameters, plan, keys)
+        self._evaluator = Evaluator(self._ring, self._keys.rotations, self._keys.relinearisation)
+        self.rotate_and_sum = self._evaluator.rotate_and_sum
+        self.multiply = self._evaluator.multiply
+        self.add_plain = self._evaluator.add_plain
+        self.rescale = self._evaluator.rescale
+        self.align = self._evaluator.align
+
+    def read(self, query: bytes) -> Ciphertext:
+        """Read a fresh query: a seed and a polynomial at the top level."""
+        ring, primes = self._ring, self._parameters.primes[: self._parameters.levels]
+        if len(query) != SEED_BYTES + packed_bytes(primes, ring.degree):
+            raise WireError(f"query: got {len(query)} bytes, expected {SEED_BYTES + packed_bytes(primes, ring.degree)}")
+        chosen = ring.chosen(len(primes))
+        first = unpack(query[SEED_BYTES:], primes, ring.degree, polynomials=1, what="query")[0]
+        second = uniform_residues(query[:SEED_BYTES], primes, ring.degree)
+        parts = np.stack([ring.from_seal(first, chosen), ring.from_seal(second, chosen)])
+        return Ciphertext(parts=parts, scale=self._parameters.scale)
+
+    def linear(
+        self, sources: Sequence[Ciphertext], outputs: Sequence[Sequence[Term]], plains: Sequence[Any], scale: float
+    ) -> list[Ciphertext]:
+        return [Ciphertext(parts=p, scale=scale) for p in self._evaluator.linear(sources, outputs, plains)]
+
+    def write(self, answer: Ciphertext, *, outputs: int, flood: float) -> bytes:
+        """An answer: re-randomised, and without any number that is not one of its outputs.
+
+        Of the first polynomial only the `outputs` differences of coefficients that hold the outputs are sent, which
+        says exactly nothing of all other slots; `outputs` is a power of two, and the last map has no weights for those
+        beyond what the network has. `flood` is the largest noise, in units of the ciphertext, that each is given.
+        """
+        ring, prime = self._ring, self._ring.primes[0]
+        parts = self._rerandomised(answer.parts)
+        chosen = ring.chosen(1)
+        held = held_by(ring.inverse(parts[0], chosen)[0][:: ring.degree // (2 * outputs)])
+        held = np.mod(held + wide_noise(outputs, flood), float(prime)).astype(np.uint64)
+        return frames.pack(ring.to_seal(parts[1], chosen), (prime,)) + frames.pack(held[None], (prime,))
+
+    def _rerandomised(self, parts: Any) -> Any:
+        """Add an encryption of zero under the client's public key: u * key + errors, u and the errors fresh."""
+        ring, chosen = self._ring, self._ring.chosen(1)
+        u, *errors = (ring.forward(poly, chosen) for poly in ternary_and_errors(ring.degree))
+        out = parts.copy()
+        for k, error in enumerate(errors):
+            ring.multiply_add(out[k], u, self._keys.public[k], chosen)
+            out[k] += error
+        return ring.reduced(out, chosen)
 
 
 class InsecureClear:
-    """No encryption at all, the same arithmetic: what a circuit computes, without noise. For tests."""
+    """No encryption at all, the same arithmetic in fixed point, with noise of the size of CKKS's. For tests.
 
-    def secret_side(self, parameters: Parameters, steps: Sequence[int]) -> SecretSide:
-        return self
+    `noise` is a seed, or None for exact arithmetic.
+    """
 
-    def server_side(self, parameters: Parameters, steps: Sequence[int], keys: Sequence[bytes]) -> ServerSide:
-        return self
+    def __init__(self, noise: int | None = None) -> None:
+        self._seed = noise
 
-    def public_keys(self) -> tuple[bytes, ...]:
-        return b"", b"", b""
+    def secret_side(self, parameters: Parameters, plan: KeyPlan) -> SecretSide:
+        return ClearSide(parameters, self._seed)
 
-    def encrypt(self, values: Floats) -> bytes:
-        return values.astype("<f8").tobytes()
+    def server_side(self, parameters: Parameters, plan: KeyPlan, keys: Sequence[bytes]) -> ServerSide:
+        return ClearSide(parameters, self._seed)
 
-    def decrypt(self, answer: bytes) -> Floats:
-        return np.frombuffer(answer, "<f8").astype(np.float64)
+    def encoder(self, parameters: Parameters) -> Encoder:
+        return ClearSide(parameters, self._seed)
 
-    def read(self, query: bytes) -> Ciphertext:
-        return self.decrypt(query)
 
-    def write(self, answer: Ciphertext) -> bytes:
-        return self.encrypt(answer)
+class ClearCiphertext:
+    """Slots in the clear."""
 
-    def times(self, x: Ciphertext, values: Floats) -> Ciphertext:
-        return x * values
+    def __init__(self, slots: Floats, level: int, scale: float) -> None:
+        self.slots, self.level, self.scale = slots, level, scale
 
-    def plus(self, x: Ciphertext, values: Floats) -> Ciphertext:
-        return x + values
 
-    def square(self, x: Ciphertext) -> Ciphertext:
-        return x * x
+class ClearSide:
+    """Both halves of the clear scheme."""
 
-    def rotate_and_sum(self, x: Ciphertext, steps: Sequence[int]) -> Ciphertext:
+    def __init__(self, parameters: Parameters, seed: int | None) -> None:
+        self._parameters = parameters
+        self._generator = None if seed is None else np.random.default_rng(seed)
+
+    def _noisy(self, slots: Floats, deviation: float, scale: float) -> Floats:
+        if self._generator is None:
+            return slots
+        return np.asarray(slots + self._generator.normal(0.0, deviation / scale, slots.shape))
+
+    def public_keys(self) -> Sequence[bytes]:
+        return [b""]
+
+    def encrypt(self, slots: Floats) -> bytes:
+        noisy = self._noisy(slots, noise.fresh(self._parameters.degree), self._parameters.scale)
+        return noisy.astype("<f8").tobytes()
+
+    def decrypt(self, answer: bytes, *, outputs: int, scale: float) -> Floats:
+        slots = np.frombuffer(answer, "<f8").astype(np.float64)
+        if len(slots) != outputs:
+            raise EncryptedError(f"answer: got {len(slots)} numbers, expected {outputs}")
+        return slots / scale
+
+    def encode(self, slots: Floats, scale: float, level: int, *, extended: bool) -> Any:
+        return self._noisy(slots, noise.rounded(self._parameters.degree), scale)
+
+    def read(self, query: bytes) -> ClearCiphertext:
+        return ClearCiphertext(
+            np.frombuffer(query, "<f8").astype(np.float64), self._parameters.levels, self._parameters.scale
+        )
+
+    def write(self, answer: Any, *, outputs: int, flood: float) -> bytes:
+        means: Floats = answer.slots.reshape(-1, outputs).mean(axis=0) * answer.scale
+        means = self._noisy(means, noise.answered(self._parameters.degree, outputs), 1.0)
+        return means.astype("<f8").tobytes()
+
+    def linear(
+        self, sources: Sequence[Any], outputs: Sequence[Sequence[Term]], plains: Sequence[Any], scale: float
+    ) -> list[Any]:
+        level = sources[0].level
+        turned: dict[tuple[int, int], Floats] = {}
+        for term in (term for terms in outputs for term in terms):
+            if (term.source, term.baby) not in turned:
+                x = sources[term.source]
+                moved = np.roll(x.slots, -term.baby)
+                turned[term.source, term.baby] = self._switched(moved, level, x.scale) if term.baby else moved
+        done = []
+        for terms in outputs:
+            total = np.zeros(self._parameters.slots)
+            for giant in sorted({term.giant for term in terms}):
+                part = np.zeros(self._parameters.slots)
+                for term in terms:
+                    if term.giant == giant:
+                        part += turned[term.source, term.baby] * plains[term.plain]
+                if giant:
+                    part = self._switched(self._divided(np.roll(part, -giant), scale), level, scale)
+                total += part
+            if any(term.baby or term.giant for term in terms):
+                total = self._divided(total, scale)
+            done.append(ClearCiphertext(total, level, scale))
+        return done
+
+    def _divided(self, slots: Floats, scale: float) -> Floats:
+        return self._noisy(slots, noise.divided(self._parameters.degree), scale)
+
+    def _switched(self, slots: Floats, level: int, scale: float) -> Floats:
+        bits = [math.log2(prime) for prime in self._parameters.primes]
+        return self._noisy(slots, noise.switched(self._parameters.degree, bits[:level], bits[-1]), scale)
+
+    def rotate_and_sum(self, x: Any, steps: Sequence[int]) -> Any:
+        total = x.slots.copy()
         for step in steps:
-            x = x + np.roll(x, -step)
-        return x
+            total += self._switched(np.roll(x.slots, -step), x.level, x.scale)
+        return ClearCiphertext(self._divided(total, x.scale), x.level, x.scale)
 
-    def rerandomise(self, x: Ciphertext) -> Ciphertext:
-        return x
+    def multiply(self, x: Any, y: Any) -> Any:
+        scale = x.scale * y.scale
+        product = self._switched(x.slots * y.slots, x.level, scale)
+        return ClearCiphertext(self._divided(product, scale), x.level, scale)
+
+    def add_plain(self, x: Any, plain: Any) -> Any:
+        return ClearCiphertext(x.slots + plain, x.level, x.scale)
+
+    def rescale(self, x: Any, level: int) -> Any:
+        if level == x.level:
+            return x
+        scale = x.scale / float(np.prod(np.array(self._parameters.primes[level : x.level], np.float64)))
+        return ClearCiphertext(self._divided(x.slots, scale), level, scale)
+
+    def align(self, x: Any, level: int, factor: int) -> Any:
+        if factor == 1:
+            return ClearCiphertext(x.slots, level, x.scale)
+        return self.rescale(ClearCiphertext(x.slots, x.level, x.scale * factor), level)

@@ -12,7 +12,7 @@ import uvicorn
 from clients.asking import ask, describe
 from fedinfer.cli.query import start_server
 from fedinfer.data import encode, heart_rows, heart_schema, to_json
-from fedinfer.encrypted import EncryptedClient
+from fedinfer.encrypted import EncryptedClient, compile_served
 from fedinfer.errors import BadUsage, RemoteError
 from fedinfer.models import Model, ModelSpec, build, save
 from server.inference import create_app, serve
@@ -32,7 +32,9 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def url(model: Model) -> Iterator[str]:
     """A server in a thread, on a free port of loopback."""
-    server = uvicorn.Server(uvicorn.Config(create_app(model), host="127.0.0.1", port=0, log_level="error", ws="none"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(compile_served(model)), host="127.0.0.1", port=0, log_level="error", ws="none")
+    )
     thread = threading.Thread(target=server.run)
     ready = threading.Event()
     startup = server.startup

@@ -1,0 +1,227 @@
+"""The client's secret half, by SEAL through TenSEAL's bindings: keys, encryption and decryption.
+
+What leaves it are residues in the format of `frames`, not SEAL's files: the server never parses those. SEAL reads and
+writes files only, so its objects pass through memory that has a path but no name on any disk.
+Reference: SEAL 4 serialisation: a header of 16 bytes, then the members in order.
+"""
+
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import numpy as np
+import tenseal.sealapi as seal
+import zstandard
+from numpy.typing import NDArray
+
+from fedinfer.encrypted.frames import pack, packed_bytes, unpack
+from fedinfer.encrypted.keys import KeyPlan
+from fedinfer.encrypted.params import Parameters
+from fedinfer.encrypted.ring import held_by, outputs_of, ring_of
+from fedinfer.encrypted.xof import SEED_BYTES
+from fedinfer.errors import EncryptedError
+
+Floats = NDArray[np.float64]
+HEADER = struct.Struct("<HBBBBHQ")
+CIPHERTEXT = struct.Struct("<32sBQQQdQ")
+PLAINTEXT = struct.Struct("<32sQd")
+BLAKE2XB = 1
+MAGIC = 0xA15E
+
+
+@contextmanager
+def _memory_file() -> Iterator[str]:
+    """A path to anonymous memory; where the system has none, a file in a private folder that is gone afterwards."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("fedinfer")
+        try:
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield os.path.join(folder, "object")
+
+
+def _file_of(savable: Any) -> bytes:
+    with _memory_file() as path:
+        savable.save(path)
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def _version(savable: Any) -> tuple[int, int]:
+    _, _, major, minor, _, _, _ = HEADER.unpack_from(_file_of(savable))
+    return major, minor
+
+
+def _saved(savable: Any) -> bytes:
+    """The members of a SEAL object, decompressed."""
+    data = _file_of(savable)
+    _, header_bytes, _, _, compression, _, size = HEADER.unpack_from(data)
+    body = data[header_bytes:size]
+    if compression == 0:
+        return body
+    if compression == 1:
+        return zlib.decompress(body)
+    return zstandard.ZstdDecompressor().decompressobj().decompress(body)
+
+
+class _Reader:
+    """Takes a SEAL object apart, member by member."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def take(self, size: int) -> bytes:
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def integer(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def skip_header(self) -> None:
+        self.take(HEADER.size)
+
+    def seeded(self) -> tuple[NDArray[np.uint64], bytes]:
+        """The first polynomial (primes, N) of a ciphertext and the seed of the second."""
+        _, _, _, degree, levels, _, _ = CIPHERTEXT.unpack(self.take(CIPHERTEXT.size))
+        self.skip_header()
+        words = self.integer()
+        if words != degree * levels:
+            raise EncryptedError("SEAL: got a ciphertext without a seed, expected one with")
+        first = np.frombuffer(self.take(8 * words), "<u8").reshape(levels, degree)
+        self.skip_header()
+        if self.take(1)[0] != BLAKE2XB:
+            raise EncryptedError("SEAL: got seeds of another generator, expected Blake2Xb")
+        return first, self.take(SEED_BYTES)
+
+    def whole(self) -> NDArray[np.uint64]:
+        """Both polynomials (2, primes, N) of a ciphertext."""
+        _, _, polynomials, degree, levels, _, _ = CIPHERTEXT.unpack(self.take(CIPHERTEXT.size))
+        self.skip_header()
+        self.integer()
+        return np.frombuffer(self.take(8 * polynomials * levels * degree), "<u8").reshape(polynomials, levels, degree)
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise EncryptedError("SEAL: got an object of another format than that of version 4")
+
+
+class SealSecretSide:
+    """A fresh secret key and what can be done with it. It is not printed, copied or written anywhere."""
+
+    def __init__(self, parameters: Parameters, plan: KeyPlan) -> None:
+        literal = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
+        literal.set_poly_modulus_degree(parameters.degree)
+        literal.set_coeff_modulus([seal.Modulus(prime) for prime in parameters.primes])
+        # SEAL refuses parameters below 128 bits too; our own table is checked in `Parameters`.
+        self._context = seal.SEALContext(literal, True, seal.SEC_LEVEL_TYPE.TC128)
+        if not self._context.parameters_set():
+            raise EncryptedError(f"parameters: SEAL refuses them ({self._context.parameters_error_name()})")
+        self._parameters, self._plan = parameters, plan
+        self._generator = seal.KeyGenerator(self._context)
+        secret = self._generator.secret_key()
+        self._encoder = seal.CKKSEncoder(self._context)
+        self._encryptor = seal.Encryptor(self._context, secret)
+        self._decryptor = seal.Decryptor(self._context, secret)
+        self._last_id = struct.pack("<4Q", *self._context.last_context_data().parms_id())
+        self._version = _version(literal)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret key is not copied or written")
+
+    def public_keys(self) -> list[bytes]:
+        """Public key, relinearisation key and just the rotation keys that are needed, each for just its levels."""
+        degree = self._parameters.degree
+        parts = [self._public_key()]
+        if self._plan.relinearisation:
+            (digits,) = self._switching_keys(self._generator.create_relin_keys())
+            parts.append(self._trimmed(digits, self._plan.relinearisation))
+        if self._plan.rotations:
+            # SEAL's overload for steps is shadowed by the one for Galois elements: 3^step mod 2N.
+            elements = {pow(3, step, 2 * degree): level for step, level in self._plan.rotations}
+            keys = self._switching_keys(self._generator.create_galois_keys(list(elements)))
+            # SEAL keeps them in the order of their elements.
+            found = dict(zip(sorted(elements), keys, strict=True))
+            parts += [self._trimmed(found[pow(3, step, 2 * degree)], level) for step, level in self._plan.rotations]
+        return parts
+
+    def _public_key(self) -> bytes:
+        # The bindings give it with both polynomials drawn out, so its second half is sent too.
+        key = seal.PublicKey()
+        self._generator.create_public_key(key)
+        reader = _Reader(_saved(key))
+        return pack(reader.whole()[:, :1], self._parameters.primes[:1])
+
+    def _switching_keys(self, keys: Any) -> list[list[tuple[NDArray[np.uint64], bytes]]]:
+        reader, found = _Reader(_saved(keys)), []
+        reader.take(32)
+        for _ in range(reader.integer()):
+            digits = []
+            for _ in range(reader.integer()):
+                reader.skip_header()
+                digits.append(reader.seeded())
+            if digits:
+                found.append(digits)
+        reader.end()
+        return found
+
+    def _trimmed(self, digits: list[tuple[NDArray[np.uint64], bytes]], level: int) -> bytes:
+        primes = self._parameters.primes
+        kept = [*range(level), len(primes) - 1]
+        return b"".join(seed + pack(first[kept], [primes[k] for k in kept]) for first, seed in digits[:level])
+
+    def encrypt(self, slots: Floats) -> bytes:
+        """Encrypt `slots` (N / 2,) under the secret key; half of the ciphertext is a seed."""
+        plain = seal.Plaintext()
+        self._encoder.encode(slots.tolist(), self._context.first_parms_id(), self._parameters.scale, plain)
+        reader = _Reader(_saved(self._encryptor.encrypt_symmetric(plain)))
+        first, seed = reader.seeded()
+        reader.end()
+        return seed + pack(first, self._parameters.primes[: self._parameters.levels])
+
+    def decrypt(self, answer: bytes, *, outputs: int, scale: float) -> Floats:
+        """The `outputs` numbers of an answer, a power of two of them.
+
+        An answer is the second polynomial in NTT form and only those coefficients of the first that hold an output.
+        Raises: WireError if it has another size or a residue that is none.
+        """
+        prime, degree = self._parameters.primes[0], self._parameters.degree
+        tail = packed_bytes((prime,), degree)
+        second = unpack(answer[:tail], (prime,), degree, polynomials=1, what="answer")[0, 0]
+        held = unpack(answer[tail:], (prime,), outputs, polynomials=1, what="answer")[0, 0]
+        ring = ring_of(self._parameters, self._parameters.primes)
+        coefficients = np.zeros(degree)
+        coefficients[:: degree // (2 * outputs)][:outputs] = held
+        chosen = ring.chosen(1)
+        first = ring.to_seal(ring.forward(coefficients, chosen), chosen)[0]
+        words = np.concatenate([first, second])
+        members = CIPHERTEXT.pack(self._last_id, 1, 2, degree, 1, scale, 1)
+        array = struct.pack("<Q", len(words)) + words.astype("<u8").tobytes()
+        plain = seal.Plaintext()
+        self._decryptor.decrypt(self._load(self._wrapped(members + self._wrapped(array))), plain)
+        reader = _Reader(_saved(plain))
+        reader.take(PLAINTEXT.size)
+        reader.skip_header()
+        residues = np.frombuffer(reader.take(8 * reader.integer()), "<u8")
+        message = ring.inverse(ring.from_seal(residues[None], chosen), chosen)[0][:: degree // (2 * outputs)]
+        # The pair of coefficients i and -i has a meaning only together, and modulo the prime.
+        held = held_by(message)
+        held -= prime * np.rint(held / prime)
+        return outputs_of(held) / scale
+
+    def _wrapped(self, members: bytes) -> bytes:
+        return HEADER.pack(MAGIC, HEADER.size, *self._version, 0, 0, HEADER.size + len(members)) + members
+
+    def _load(self, data: bytes) -> Any:
+        loaded = seal.Ciphertext()
+        with _memory_file() as path:
+            with open(path, "wb") as file:
+                file.write(data)
+            loaded.load(self._context, path)
+        return loaded
