@@ -27,6 +27,7 @@ class Kind(IntEnum):
     QUERY = 3
     ANSWER = 4
     ERROR = 5
+    KEY_STORE = 6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,15 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from fedinfer.encrypted import Compiled, EncryptedEngine, compile_served
-from fedinfer.encrypted.frames import MAX_KEY_BYTES, MAX_QUERY_BYTES
+from fedinfer.encrypted import Compiled, EncryptedEngine
 from fedinfer.errors import BadUsage, FedinferError, MessageTooLarge
-from fedinfer.models import Model
 
 from .keystore import KeyStore
 
 FRAME = "application/octet-stream"
 MAX_STORED_KEY_BYTES = 1 << 30
+# A key takes more room once its seed is drawn out and every residue is a double.
+KEY_MEMORY = 4
 MAX_WAITING = 64
 SHUTDOWN_S = 5
 
@@ -35,7 +35,7 @@ def create_app(compiled: Compiled) -> FastAPI:
     engine = EncryptedEngine(compiled)
     circuit = engine.circuit.to_bytes()
     store = KeyStore(max_bytes=MAX_STORED_KEY_BYTES)
-    # Every query uses all there is of one core: one at a time, and a short queue.
+    # A query is shared by all cores: one at a time, and a short queue.
     turn = asyncio.Semaphore(1)
     waiting = 0
     app = FastAPI(title="fedinfer encrypted inference", docs_url=None, redoc_url=None)
@@ -70,19 +70,19 @@ def create_app(compiled: Compiled) -> FastAPI:
 
     @app.put("/v1/keys/{digest}")
     async def put_keys(digest: str, request: Request) -> Response:
-        keys = await _body(request, MAX_KEY_BYTES)
+        keys = await _body(request, engine.circuit.max_key_bytes)
 
         def open_session() -> Response:
             if hashlib.sha256(keys).hexdigest() != digest:
                 return _error(400, "wrong_digest", "keys: got bytes with another SHA-256 than the address says")
-            store.put(digest, engine.open(keys), len(keys))
+            store.put(digest, engine.open(keys), KEY_MEMORY * len(keys))
             return Response(status_code=204)
 
         return await in_turn(open_session)
 
     @app.post("/v1/query/{digest}")
     async def query(digest: str, request: Request) -> Response:
-        body = await _body(request, MAX_QUERY_BYTES)
+        body = await _body(request, engine.circuit.max_query_bytes)
 
         def answer() -> Response:
             session = store.get(digest)
@@ -111,12 +111,12 @@ def _error(status: int, kind: str, message: str) -> Response:
     return JSONResponse({"error": kind, "message": message}, status_code=status)
 
 
-def serve(model: Model, *, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+def serve(compiled: Compiled, *, host: str, port: int, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; `on_ready` gets the URL once the port is taken.
 
-    Raises: BadUsage if the address cannot be listened on; CompileError if the model has no encrypted form.
+    Raises: BadUsage if the address cannot be listened on.
     """
-    app = create_app(compile_served(model))
+    app = create_app(compiled)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

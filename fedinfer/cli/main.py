@@ -172,9 +172,36 @@ def predict(model: ModelPath, rows: Rows, out: Out = None, schema: SchemaPath = 
     predict_rows(model, rows, out=out, schema_path=schema, as_json=json)
 
 
+@app.command("compile", epilog="Example:  fedinfer compile model.safetensors --explain --out model.plan")
+def compile_(
+    model: ModelPath,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the server's private plan here.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show each layer: layout, level, scale, rotations, time, error.")
+    ] = False,
+    throughput: Annotated[
+        bool, typer.Option("--throughput", help="Thousands of rows of one client at once, instead of one row soonest.")
+    ] = False,
+    precision: Annotated[float, typer.Option(help="Largest error, as a share of the largest output.")] = 1e-3,
+    flooding_bits: Annotated[
+        int, typer.Option(help="Noise in every answer, 2^bits times the circuit's own; 0 for none.", min=0, max=30)
+    ] = 0,
+    json: Json = False,
+) -> None:
+    """Compile a model for encrypted queries, and check the circuit on 1,000 rows."""
+    from fedinfer.cli.query import compile_plan
+
+    compile_plan(
+        model, out=out, explain=explain, throughput=throughput, precision=precision, flooding_bits=flooding_bits,
+        as_json=json,
+    )  # fmt: skip
+
+
 @app.command(epilog="Example:  fedinfer serve model.safetensors --port 8080")
 def serve(
-    model: ModelPath,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL|PLAN", help="A model file, or a plan made by `fedinfer compile`.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080,
     json: Json = False,

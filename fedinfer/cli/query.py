@@ -1,4 +1,4 @@
-"""`fedinfer serve` and `fedinfer ask`: the encrypted query over HTTP."""
+"""`fedinfer compile`, `fedinfer serve` and `fedinfer ask`: the encrypted query over HTTP."""
 
 import json
 import signal
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from fedinfer.cli.console import note, show_json
+from fedinfer.cli.console import note, show_json, show_table
 from fedinfer.cli.files import rows_path, say_clamped, write_answers
 from fedinfer.cli.local import open_model
 from fedinfer.cli.parts import part
@@ -21,9 +21,48 @@ from fedinfer.inference.pipeline import answers
 START_TIMEOUT_S = 60.0
 
 
+def compile_plan(
+    path: Path,
+    *,
+    out: Path | None,
+    explain: bool,
+    throughput: bool,
+    precision: float,
+    flooding_bits: int,
+    as_json: bool,
+) -> None:
+    """Compile a model, check the circuit and write its plan."""
+    from fedinfer.encrypted import StatisticalFlooding, compile_served
+    from fedinfer.encrypted.explain import COLUMNS
+
+    compiled = compile_served(
+        open_model(path, None).model,
+        objective="throughput" if throughput else "latency",
+        precision=precision,
+        circuit_privacy=StatisticalFlooding(bits=flooding_bits) if flooding_bits else "rerandomised",
+    )
+    checked, explained = compiled.verify(), compiled.explain()
+    if out is not None:
+        compiled.save(out)
+    if as_json:
+        public = {"digest": compiled.public.digest, "plan": None if out is None else str(out)}
+        show_json({**public, "verification": asdict(checked), "holds": checked.holds, **explained.as_json()})
+        return
+    if explain:
+        show_table(explained.summary, COLUMNS, explained.rows())
+    note(
+        f"circuit {compiled.public.digest[:8]}: error {checked.clear_error:.1e} over {checked.rows} rows with noise, "
+        f"{checked.encrypted_error:.1e} over {checked.encrypted_rows} under CKKS, {checked.stated_error:.1e} stated"
+    )
+    note(f"plan in {out}: private, for the server alone" if out is not None else "no --out: no plan was written")
+
+
 def serve_model(path: Path, *, host: str, port: int, as_json: bool) -> None:
     """Serve until interrupted; say the address once it listens."""
-    model = open_model(path, None).model
+    from fedinfer.encrypted import Compiled, compile_served
+    from fedinfer.encrypted.plan_file import is_plan
+
+    compiled = Compiled.load(path) if is_plan(path) else compile_served(open_model(path, None).model)
 
     def ready(url: str) -> None:
         if as_json:
@@ -32,7 +71,7 @@ def serve_model(path: Path, *, host: str, port: int, as_json: bool) -> None:
             sys.stdout.write(f"serving {path} at {url}; ask with: fedinfer ask {url} FILE.csv   (Ctrl-C stops)\n")
         sys.stdout.flush()
 
-    part("server.inference").serve(model, host=host, port=port, on_ready=ready)
+    part("server.inference").serve(compiled, host=host, port=port, on_ready=ready)
 
 
 def ask_rows(url: str, rows: str, *, out: Path | None, schema_path: Path | None, as_json: bool) -> None:

@@ -2,8 +2,11 @@
 
 from fedinfer.encrypted.circuit import PublicCircuit
 from fedinfer.encrypted.client import EncryptedClient
-from fedinfer.encrypted.compiler import Compiled, StatisticalFlooding, compile_model
+from fedinfer.encrypted.compiled import Compiled
+from fedinfer.encrypted.compiler import StatisticalFlooding, compile_model
 from fedinfer.encrypted.engine import EncryptedEngine, EncryptedSession
+from fedinfer.encrypted.explain import Explanation
+from fedinfer.encrypted.key_store import load_keys, save_keys
 from fedinfer.encrypted.serving import compile_served
 
 __all__ = [
@@ -11,8 +14,11 @@ __all__ = [
     "EncryptedClient",
     "EncryptedEngine",
     "EncryptedSession",
+    "Explanation",
     "PublicCircuit",
     "StatisticalFlooding",
     "compile_model",
     "compile_served",
+    "load_keys",
+    "save_keys",
 ]

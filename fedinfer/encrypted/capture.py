@@ -104,14 +104,20 @@ REFUSED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Symbol:
-    """A tensor of one example that depends on the query: a polynomial, coefficient by power, of `base`."""
+    """A tensor of one example that depends on the query: a polynomial, coefficient by power, of `base`.
+
+    `layer` is the one that made it a polynomial.
+    """
 
     base: Value
     shape: tuple[int, ...]
     coefficients: tuple[float, ...] = (0.0, 1.0)
+    layer: str = ""
 
     def value(self, name: str) -> Value:
-        return self.base if self.coefficients == (0.0, 1.0) else polynomial(self.base, self.coefficients, name)
+        if self.coefficients == (0.0, 1.0):
+            return self.base
+        return polynomial(self.base, self.coefficients, self.layer or name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +236,7 @@ def _times(left: Symbol, right: Symbol, name: str) -> Symbol:
     degree = len(left.coefficients) + len(right.coefficients) - 2
     if left.base is right.base and left.shape == right.shape and degree <= MAX_FREE_DEGREE:
         c = np.convolve(left.coefficients, right.coefficients)
-        return Symbol(base=left.base, shape=left.shape, coefficients=tuple(float(x) for x in c))
+        return Symbol(base=left.base, shape=left.shape, coefficients=tuple(float(x) for x in c), layer=name)
     a, b = left.value(name), right.value(name)
     shape = np.broadcast_shapes(left.shape, right.shape)
     a, b = _spread(a, left.shape, shape, name), _spread(b, right.shape, shape, name)
@@ -252,7 +258,7 @@ def _activate(kind: str, x: Symbol, values: Any, name: str, degree: int) -> Symb
     function = ACTIVATIONS[kind]
     low, high = float(base.rows.min()), float(base.rows.max())
     coefficients = fit(lambda points: function(points, *extra), low, high, degree=degree)
-    return Symbol(base=base, shape=x.shape, coefficients=tuple(float(c) for c in coefficients))
+    return Symbol(base=base, shape=x.shape, coefficients=tuple(float(c) for c in coefficients), layer=name)
 
 
 def _scalar(kind: str, values: Any, symbols: Sequence[Symbol]) -> Symbol | None:

@@ -128,17 +128,19 @@ def _rerun(output: Value, changed: Value, rows: Floats, base: Mapping[Value, Flo
     return found.get(output, base[output])
 
 
-def chains(output: Value, depths: Mapping[Value, int], *, precision: float, degrees: tuple[int, ...]) -> list[Chain]:
+def chains(
+    output: Value, depths: Mapping[Value, int], *, precision: float, degrees: tuple[int, ...], wide: bool = False
+) -> list[Chain]:
     """Feasible chains, the cheapest first by `Chain.effort`, one for each pattern of levels at each degree.
 
-    `precision` is the largest error of an output, absolute.
+    `precision` is the largest error of an output, absolute; `wide` if every slot of an answer is an output.
     """
     steps = _steps(output, depths)
     best: dict[tuple[int, tuple[int, ...]], _Plan] = {}
     for degree, grid in [(degree, grid) for grid in GRIDS for degree in degrees]:
         if grid is not GRIDS[0] and best:
             break
-        for plan in _feasible(steps, precision, degree, grid, power_of_two(output.size)):
+        for plan in _feasible(steps, precision, degree, grid, degree // 2 if wide else power_of_two(output.size)):
             key = (degree, plan.before)
             # All are exact enough, so the one of the fewest bytes.
             if key not in best or (sum(plan.prime_bits), plan.error) < (sum(best[key].prime_bits), best[key].error):

@@ -12,13 +12,16 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from fedinfer.encrypted.evaluator import Term
+from fedinfer.encrypted.frames import packed_bytes
 from fedinfer.encrypted.keys import KeyPlan
 from fedinfer.encrypted.packing import Layout
 from fedinfer.encrypted.params import Parameters
-from fedinfer.encrypted.scheme import Encoder, ServerSide
+from fedinfer.encrypted.scheme import Each, Encoder, ServerSide
+from fedinfer.encrypted.xof import SEED_BYTES
 from fedinfer.errors import EncryptedError, NonFinite, ShapeMismatch, WireError
 from fedinfer.wire import Frame, Kind, decode, encode
 
@@ -27,7 +30,10 @@ MAX_CIRCUIT_BYTES = 1 << 24
 MAX_LAYOUT_BYTES = 1 << 26
 MAX_ROWS = 64
 MAX_ROTATIONS = 4096
-FORMAT = 2
+# A header says the size of each part in digits.
+HEADER_BYTES = 1 << 12
+SIZE_DIGITS = 12
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +53,17 @@ class PublicInput:
 class PublicCircuit:
     """All that a client needs to ask. It holds no weights.
 
-    `outputs` numbers come back for a row, in the first of `classes` (a power of two); a row's answer is multiplied by
-    `scale`. `error` bounds what noise changes an output by, twice the largest seen on the calibration data;
-    `approximation` is what the polynomials for activations change it by there. `about` is whatever the server says of
-    its model (its schema, its labels).
+    `rows` is one, and features fill the slots, or the number of slots, and every row has a slot of each ciphertext.
+    An answer of a row, or of that many rows, is `answers` ciphertexts with `classes` numbers each (a power of two),
+    multiplied by `scale`; the first `outputs` of a row are the network's. `error` bounds what noise changes an output
+    by, twice the largest seen on the calibration data; `approximation` is what the polynomials for activations change
+    it by there. `about` is whatever the server says of its model (its schema, its labels).
     """
 
     parameters: Parameters
     keys: KeyPlan
     inputs: tuple[PublicInput, ...]
+    rows: int
     outputs: int
     classes: int
     answers: int
@@ -69,7 +77,9 @@ class PublicCircuit:
         fits = (
             1 <= self.classes <= slots
             and slots % self.classes == 0
-            and 1 <= self.outputs <= self.classes * self.answers
+            and self.rows in (1, slots)
+            and 1 <= self.outputs <= (self.classes * self.answers if self.rows == 1 else self.answers)
+            and (self.rows == 1 or (self.classes == slots and not self.keys.rotations))
             and 0 <= self.keys.relinearisation <= levels
             and len(self.keys.rotations) <= MAX_ROTATIONS
             and len({step for step, _ in self.keys.rotations}) == len(self.keys.rotations)
@@ -86,6 +96,7 @@ class PublicCircuit:
                 and held.ndim == 2
                 and held.shape[1] >= 1
                 and slots % held.shape[1] == 0
+                and (self.rows == 1 or held.shape == (part.size, 1))
                 and bool((held < part.size).all())
                 and np.isfinite(part.bound)
                 and part.bound > 0
@@ -100,8 +111,35 @@ class PublicCircuit:
 
     @property
     def ciphertexts(self) -> int:
-        """Ciphertexts in a query for one row."""
+        """Ciphertexts in a query for one row, or for as many as have a slot each."""
         return sum(len(part.layout.held) for part in self.inputs)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that one query may hold."""
+        return MAX_ROWS if self.rows == 1 else self.rows
+
+    def groups(self, rows: int) -> int:
+        """Queries for this many rows: one each, or one for as many as have a slot."""
+        return -(-rows // self.rows)
+
+    @property
+    def max_key_bytes(self) -> int:
+        """Bytes of the evaluation keys, with room for their header."""
+        return HEADER_BYTES + SIZE_DIGITS * self.keys.parts() + self.keys.size_bytes(self.parameters)
+
+    @property
+    def max_query_bytes(self) -> int:
+        """Bytes of the largest query, with room for its header."""
+        primes = self.parameters.primes[: self.parameters.levels]
+        each = SEED_BYTES + packed_bytes(primes, self.parameters.degree)
+        return HEADER_BYTES + (each + SIZE_DIGITS) * self.ciphertexts * self.groups(self.max_rows)
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """Bytes of the largest answer, with room for its header."""
+        each = packed_bytes(self.parameters.primes[:1], self.parameters.degree + self.classes)
+        return HEADER_BYTES + (each + SIZE_DIGITS) * self.answers * self.groups(self.max_rows)
 
     def to_bytes(self) -> bytes:
         """One CIRCUIT frame: the fields as JSON, the layouts compressed."""
@@ -115,6 +153,7 @@ class PublicCircuit:
                 {"shape": list(part.shape), "held": list(held.shape), "bound": part.bound}
                 for part, held in zip(self.inputs, layouts, strict=True)
             ],
+            "rows": self.rows,
             "outputs": self.outputs,
             "classes": self.classes,
             "answers": self.answers,
@@ -152,6 +191,7 @@ class PublicCircuit:
                     rotations=tuple((int(step), int(level)) for step, level in fields["rotations"]),
                 ),
                 inputs=tuple(_inputs(fields["inputs"], frame.body)),
+                rows=int(fields["rows"]),
                 outputs=int(fields["outputs"]),
                 classes=int(fields["classes"]),
                 answers=int(fields["answers"]),
@@ -163,23 +203,50 @@ class PublicCircuit:
         except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
             raise WireError(f"circuit: a field does not hold ({type(error).__name__})") from None
 
-    def pack(self, rows: Sequence[Floats]) -> Iterator[Floats]:
-        """The slots of each ciphertext of one row: arguments (size,) each."""
-        for part, row in zip(self.inputs, rows, strict=True):
-            yield from part.layout.spread(row, self.parameters.slots)
+    def pack(self, arguments: Sequence[Floats]) -> Iterator[Floats]:
+        """The slots of each ciphertext of a query for flat features, (n, size) for each input."""
+        count = len(arguments[0])
+        for start in range(0, count, self.rows):
+            for part, rows in zip(self.inputs, arguments, strict=True):
+                if self.rows == 1:
+                    yield from part.layout.spread(rows[start], self.parameters.slots)
+                else:
+                    yield from np.pad(rows[start : start + self.rows].T, ((0, 0), (0, max(0, self.rows - count))))
+
+    def split(self, ciphertexts: Sequence[Any]) -> list[Sequence[Any]]:
+        """The ciphertexts of each input, out of those of one row or of as many as have a slot each."""
+        ends = np.cumsum([len(part.layout.held) for part in self.inputs])
+        return [ciphertexts[end - len(part.layout.held) : end] for end, part in zip(ends, self.inputs, strict=True)]
+
+    def unpack(self, numbers: Sequence[Floats], rows: int) -> Floats:
+        """The outputs (rows, outputs) from the numbers (classes,) of each ciphertext of an answer."""
+        values = np.stack(numbers).reshape(-1, self.answers, self.classes)
+        if self.rows == 1:
+            return values.reshape(len(values), -1)[:, : self.outputs]
+        return np.concatenate([part.T for part in values])[:rows, : self.outputs]
 
     def arguments(self, features: Any) -> list[Floats]:
+        """Features of a query, one array (n, ...) for each input, as flat rows (n, size).
+
+        Raises: as `flat`; EncryptedError if the rows are none or too many for one query.
+        """
+        flat = self.flat(features)
+        if not 1 <= len(flat[0]) <= self.max_rows:
+            raise EncryptedError(f"query: got {len(flat[0])} rows, expected 1 to {self.max_rows}")
+        return flat
+
+    def flat(self, features: Any) -> list[Floats]:
         """Features, one array (n, ...) for each input, as flat rows (n, size).
 
-        Raises: ShapeMismatch, NonFinite; EncryptedError if a value is out of the circuit's range or rows are too many.
+        Raises: ShapeMismatch, NonFinite; EncryptedError if a value is out of the circuit's range.
         """
         given = features if isinstance(features, tuple) else (features,)
         if len(given) != len(self.inputs):
             raise EncryptedError(f"features: got {len(given)} arrays, expected {len(self.inputs)}")
-        flat = []
+        flat: list[Floats] = []
         for array, part in zip(given, self.inputs, strict=True):
             values = np.asarray(array, np.float64)
-            if values.ndim < 2 or values.shape[1:] != part.shape:
+            if values.ndim < 2 or values.shape[1:] != part.shape or (flat and len(values) != len(flat[0])):
                 raise ShapeMismatch(got=values.shape, expected=("n", *part.shape), what="features")
             if not np.isfinite(values).all():
                 raise NonFinite("features: got NaN or infinity, expected finite numbers")
@@ -188,9 +255,6 @@ class PublicCircuit:
                     f"features: got a value outside the circuit's range, expected at most {part.bound:g} either way"
                 )
             flat.append(values.reshape(len(values), part.size))
-        count = len(flat[0])
-        if not 1 <= count <= MAX_ROWS or any(len(rows) != count for rows in flat):
-            raise EncryptedError(f"query: got {[len(rows) for rows in flat]} rows, expected 1 to {MAX_ROWS} of each")
         return flat
 
 
@@ -231,6 +295,7 @@ class MapStep:
     plain_scales: tuple[float, ...] = field(repr=False)
     folds: tuple[tuple[int, ...], ...]
     constants: tuple[Floats, ...] = field(repr=False)
+    period: int
 
     @property
     def turns(self) -> bool:
@@ -250,12 +315,30 @@ class ProductStep:
     lower: int
 
 
-Step = MapStep | ProductStep
+@dataclass(frozen=True, kw_only=True)
+class WideStep:
+    """One affine map with an element a ciphertext: whole weights times residues, for all rows at once.
+
+    `weights` (size, all source sizes) hold whole numbers; `constants` (size,) are added at the scale after the rescale.
+    """
+
+    name: str
+    target: int
+    sources: tuple[int, ...]
+    factors: tuple[int, ...]
+    level: int
+    lower: int
+    scale: float
+    weights: sp.csr_matrix = field(repr=False)
+    constants: Floats = field(repr=False)
+
+
+Step = MapStep | ProductStep | WideStep
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateCircuit:
-    """The steps of the server. Value k of the first is input k; the last step makes the answer."""
+    """The steps of the server. The first values are the inputs; the last step makes the answer."""
 
     steps: tuple[Step, ...]
     flood: float
@@ -282,29 +365,36 @@ def execute(
     encoded: Mapping[int, tuple[list[Any], list[Any]]],
     server: ServerSide,
     inputs: Sequence[Sequence[Any]],
+    each: Each = map,
 ) -> list[Any]:
-    """Run the steps on one row: the ciphertexts of each input in, those of the answer out."""
+    """Run the steps: the ciphertexts of each input in, those of the answer out."""
     values: dict[int, Sequence[Any]] = dict(enumerate(inputs))
     for step in private.steps:
-        values[step.target] = run_step(step, encoded.get(step.target), server, values)
+        values[step.target] = run_step(step, encoded.get(step.target), server, values, each)
     return list(values[private.steps[-1].target])
 
 
-def run_step(step: Step, encoded: Any, server: ServerSide, values: Mapping[int, Sequence[Any]]) -> list[Any]:
+def run_step(
+    step: Step, encoded: Any, server: ServerSide, values: Mapping[int, Sequence[Any]], each: Each
+) -> list[Any]:
     """The ciphertexts of one step's value."""
     if isinstance(step, ProductStep):
-        out = []
-        for left, right in zip(values[step.left], values[step.right], strict=True):
+
+        def multiplied(pair: tuple[Any, Any]) -> Any:
+            left, right = pair
             a = server.align(left, step.level, step.factors[0])
             b = a if right is left else server.align(right, step.level, step.factors[1])
-            out.append(server.rescale(server.multiply(a, b), step.lower))
-        return out
-    weights, constants = encoded
+            return server.rescale(server.multiply(a, b), step.lower)
+
+        return list(each(multiplied, zip(values[step.left], values[step.right], strict=True)))
     sources = [
         server.align(x, step.level, factor)
         for source, factor in zip(step.sources, step.factors, strict=True)
         for x in values[source]
     ]
+    if isinstance(step, WideStep):
+        return server.weigh(sources, step.weights, step.constants, step.scale, step.lower, each)
+    weights, constants = encoded
     out = []
     for x, constant in zip(server.linear(sources, step.terms, weights, step.scale), constants, strict=True):
         y = server.rescale(x, step.lower)

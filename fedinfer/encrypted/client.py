@@ -11,8 +11,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedinfer.encrypted.circuit import MAX_ROWS, Floats, PublicCircuit
-from fedinfer.encrypted.frames import MAX_ANSWER_BYTES, join, split
+from fedinfer.encrypted.circuit import Floats, PublicCircuit
+from fedinfer.encrypted.frames import join, split_rows
 from fedinfer.encrypted.sampling import gaussian
 from fedinfer.encrypted.scheme import Scheme, SecretSide, TenSeal
 from fedinfer.errors import BadUsage, EncryptedError
@@ -34,7 +34,7 @@ class EncryptedClient:
     @property
     def max_rows(self) -> int:
         """Rows that one query may hold."""
-        return MAX_ROWS
+        return self._circuit.max_rows
 
     def evaluation_keys(self) -> bytes:
         """The public keys that the server needs; not the secret key."""
@@ -47,12 +47,8 @@ class EncryptedClient:
         Raises: ShapeMismatch, NonFinite; EncryptedError for too many rows or a value out of the circuit's range.
         """
         arguments = self._circuit.arguments(features)
-        parts = [
-            self._secret.encrypt(slots)
-            for row in range(len(arguments[0]))
-            for slots in self._circuit.pack([argument[row] for argument in arguments])
-        ]
-        return join(Kind.QUERY, self._circuit.digest, parts)
+        parts = [self._secret.encrypt(slots) for slots in self._circuit.pack(arguments)]
+        return join(Kind.QUERY, self._circuit.digest, parts, rows=len(arguments[0]))
 
     def decrypt(self, answer: bytes) -> Floats:
         """The outputs (n, outputs) of an answer to a query of n rows.
@@ -60,21 +56,23 @@ class EncryptedClient:
         Raises: WireError or EncryptedError if it is not an answer.
         """
         circuit = self._circuit
-        parts = split(
-            answer, Kind.ANSWER, circuit.digest, max_bytes=MAX_ANSWER_BYTES, max_parts=MAX_ROWS * circuit.answers
-        )
-        if len(parts) % circuit.answers:
-            raise EncryptedError(f"answer: got {len(parts)} ciphertexts, expected a multiple of {circuit.answers}")
-        values = [self._secret.decrypt(part, outputs=circuit.classes, scale=circuit.scale) for part in parts]
-        rows: Floats = np.stack(values).reshape(-1, circuit.answers * circuit.classes)[:, : circuit.outputs]
-        return rows
+        parts, rows = split_rows(
+            answer, Kind.ANSWER, circuit.digest, max_bytes=circuit.max_answer_bytes,
+            max_parts=circuit.groups(circuit.max_rows) * circuit.answers,
+        )  # fmt: skip
+        expected = circuit.groups(rows) * circuit.answers
+        if len(parts) != expected or rows > circuit.max_rows:
+            raise EncryptedError(f"answer: got {len(parts)} ciphertexts for {rows} rows, expected {expected}")
+        numbers = [self._secret.decrypt(part, outputs=circuit.classes, scale=circuit.scale) for part in parts]
+        return circuit.unpack(numbers, rows)
 
-    def release(self, answer: bytes, *, releases: int, bits: int = 30) -> Floats:
+    def release(self, answer: bytes, *, releases: int, bits: int = 30, round_to: float | None = None) -> Floats:
         """The outputs (n, outputs) with noise that hides the key, rounded: what may be shown to others.
 
         Guarantees: `releases` numbers released under one key, by calls that all state that many, tell them apart from
         ones made without the key with an advantage of at most 2^(-bits / 2); the noise is Gaussian with deviation
-        error * sqrt(12 * releases) * 2^(bits / 2), and the result a multiple of a quarter of it.
+        error * sqrt(12 * releases) * 2^(bits / 2), and the result a multiple of a quarter of it, or of `round_to` if
+        that is larger.
         Raises: as `decrypt`; BadUsage for bits or releases below one, or fewer releases than this answer has numbers.
         Reference: Li, Micciancio, Schultz and Sorrell 2022, eprint 2022/816, theorem 3.
         """
@@ -82,7 +80,7 @@ class EncryptedClient:
         if bits < 1 or releases < outputs.size:
             raise BadUsage(f"release: got {releases} releases and {bits} bits, expected {outputs.size} and 1 or more")
         deviation = self._circuit.error * math.sqrt(12.0 * releases) * 2.0 ** (bits / 2)
-        grid = deviation / 4
+        grid = max(deviation / 4, round_to or 0.0)
         noisy: Floats = np.rint((outputs + deviation * gaussian(outputs.size).reshape(outputs.shape)) / grid) * grid
         return noisy
 

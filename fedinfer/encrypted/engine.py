@@ -5,23 +5,33 @@ re-randomised with an encryption of zero, so that a ciphertext tells no more tha
 give a logistic regression away after about as many queries as it has weights; SECURITY.md says so.
 """
 
-from fedinfer.encrypted.circuit import MAX_ROWS, PublicCircuit, execute
-from fedinfer.encrypted.compiler import Compiled
-from fedinfer.encrypted.frames import MAX_KEY_BYTES, MAX_QUERY_BYTES, join, split
-from fedinfer.encrypted.scheme import Scheme, ServerSide, TenSeal
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fedinfer.encrypted.circuit import execute
+from fedinfer.encrypted.compiled import Compiled
+from fedinfer.encrypted.frames import join, split, split_rows
+from fedinfer.encrypted.scheme import Each, Scheme, ServerSide, TenSeal
 from fedinfer.errors import EncryptedError
 from fedinfer.wire import Kind
 
 
 class EncryptedEngine:
-    """A served model: its plan with every weight encoded once for all clients."""
+    """A served model: its plan with every weight encoded once for all clients.
 
-    def __init__(self, compiled: Compiled, scheme: Scheme | None = None) -> None:
+    Its arithmetic leaves Python's lock, so `workers` threads (one a core, unless said) share the ciphertexts of a
+    query; sessions may run in threads of their own too, and all share one copy of keys and weights.
+    """
+
+    def __init__(self, compiled: Compiled, scheme: Scheme | None = None, *, workers: int | None = None) -> None:
         self._private = compiled.private
         self._scheme = scheme or TenSeal()
         self.circuit = compiled.public
-        encoder = self._scheme.encoder(compiled.public.parameters)
-        self._encoded = compiled.private.encode(encoder, compiled.public.parameters)
+        self._encoded = compiled.encode(self._scheme) if compiled.encoded is None else compiled.encoded
+        self.workers = workers or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self.workers, "fedinfer-engine") if self.workers > 1 else None
 
     def open(self, keys: bytes) -> "EncryptedSession":
         """Check a client's public keys and open a session under them.
@@ -30,9 +40,24 @@ class EncryptedEngine:
         """
         circuit = self.circuit
         parts = split(
-            keys, Kind.EVALUATION_KEYS, circuit.digest, max_bytes=MAX_KEY_BYTES, max_parts=circuit.keys.parts()
+            keys, Kind.EVALUATION_KEYS, circuit.digest, max_bytes=circuit.max_key_bytes, max_parts=circuit.keys.parts()
         )
         return EncryptedSession(self, self._scheme.server_side(circuit.parameters, circuit.keys, parts))
+
+    def each(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+        """`work` on every item, in order, by all workers; not from inside another `each`."""
+        every = list(items)
+        return map(work, every) if self._pool is None or len(every) == 1 else self._pool.map(work, every)
+
+    def answer(self, server: ServerSide, parts: list[bytes], each: Each) -> list[bytes]:
+        """The ciphertexts of the answer to those of one row, or of as many as have a slot each."""
+        inputs = self.circuit.split(list(each(server.read, parts)))
+        answers = execute(self._private, self._encoded, server, inputs, each)
+
+        def written(answer: Any) -> bytes:
+            return server.write(answer, outputs=self.circuit.classes, flood=self._private.flood)
+
+        return list(each(written, answers))
 
 
 class EncryptedSession:
@@ -47,24 +72,17 @@ class EncryptedSession:
 
         Raises: WireError or EncryptedError if it is not a query for this circuit.
         """
-        circuit = self._engine.circuit
-        parts = split(
-            query, Kind.QUERY, circuit.digest, max_bytes=MAX_QUERY_BYTES, max_parts=MAX_ROWS * circuit.ciphertexts
-        )
-        if len(parts) % circuit.ciphertexts:
-            raise EncryptedError(f"query: got {len(parts)} ciphertexts, expected a multiple of {circuit.ciphertexts}")
-        answers: list[bytes] = []
-        for start in range(0, len(parts), circuit.ciphertexts):
-            answers += self._row(circuit, parts[start : start + circuit.ciphertexts])
-        return join(Kind.ANSWER, circuit.digest, answers)
-
-    def _row(self, circuit: PublicCircuit, parts: list[bytes]) -> list[bytes]:
-        inputs, at = [], 0
-        for part in circuit.inputs:
-            count = len(part.layout.held)
-            inputs.append([self._server.read(data) for data in parts[at : at + count]])
-            at += count
-        answers = execute(self._engine._private, self._engine._encoded, self._server, inputs)
-        return [
-            self._server.write(answer, outputs=circuit.classes, flood=self._engine._private.flood) for answer in answers
-        ]
+        engine, circuit = self._engine, self._engine.circuit
+        parts, rows = split_rows(
+            query, Kind.QUERY, circuit.digest, max_bytes=circuit.max_query_bytes,
+            max_parts=circuit.groups(circuit.max_rows) * circuit.ciphertexts,
+        )  # fmt: skip
+        expected = circuit.groups(rows) * circuit.ciphertexts
+        if len(parts) != expected:
+            raise EncryptedError(f"query: got {len(parts)} ciphertexts for {rows} rows, expected {expected}")
+        groups = [parts[at : at + circuit.ciphertexts] for at in range(0, len(parts), circuit.ciphertexts)]
+        if len(groups) == 1:
+            answers = [engine.answer(self._server, groups[0], engine.each)]
+        else:
+            answers = list(engine.each(lambda group: engine.answer(self._server, group, map), groups))
+        return join(Kind.ANSWER, circuit.digest, [part for answer in answers for part in answer], rows=rows)

@@ -6,17 +6,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedinfer.encrypted.kernels import from_octets
 from fedinfer.errors import EncryptedError, WireError
 from fedinfer.wire import Frame, Kind, decode, encode
 
-MAX_KEY_BYTES = 1 << 26
-MAX_QUERY_BYTES = 1 << 26
 MAX_ANSWER_BYTES = 1 << 25
 
 
-def join(kind: Kind, digest: str, parts: Sequence[bytes]) -> bytes:
-    """One frame of `parts` for the circuit of `digest`."""
-    header = {"circuit": digest, "sizes": [len(part) for part in parts]}
+def join(kind: Kind, digest: str, parts: Sequence[bytes], *, rows: int = 1) -> bytes:
+    """One frame of `parts` for the circuit of `digest`; a query and its answer say of how many rows they are."""
+    header = {"circuit": digest, "rows": rows, "sizes": [len(part) for part in parts]}
     return encode(Frame(kind=kind, header=header, body=b"".join(parts)))
 
 
@@ -25,22 +24,29 @@ def split(data: bytes, kind: Kind, digest: str, *, max_bytes: int, max_parts: in
 
     Raises: WireError if it is not such a frame; EncryptedError if it is for another circuit.
     """
+    return split_rows(data, kind, digest, max_bytes=max_bytes, max_parts=max_parts)[0]
+
+
+def split_rows(data: bytes, kind: Kind, digest: str, *, max_bytes: int, max_parts: int) -> tuple[list[bytes], int]:
+    """The parts of a frame, and of how many rows they are; raises as `split`."""
     frame = decode(data, kind, max_bytes=max_bytes)
     if frame.header.get("circuit") != digest:
         raise EncryptedError(f"{kind.name.lower()}: made for another circuit; fetch the circuit again")
-    sizes = frame.header.get("sizes")
+    sizes, rows = frame.header.get("sizes"), frame.header.get("rows")
     if (
         not isinstance(sizes, list)
         or not 1 <= len(sizes) <= max_parts
         or not all(type(size) is int and size >= 0 for size in sizes)
         or sum(sizes) != len(frame.body)
+        or type(rows) is not int
+        or rows < 1
     ):
         raise WireError(f"{kind.name.lower()}: got sizes that do not fit, expected 1 to {max_parts} parts")
     parts, start = [], 0
     for size in sizes:
         parts.append(frame.body[start : start + size])
         start += size
-    return parts
+    return parts, rows
 
 
 def pack(residues: NDArray[Any], primes: Sequence[int]) -> bytes:
@@ -62,15 +68,14 @@ def unpack(data: bytes, primes: Sequence[int], size: int, *, polynomials: int, w
     expected = packed_bytes(primes, size) * polynomials
     if len(data) != expected:
         raise WireError(f"{what}: got {len(data)} bytes, expected {expected}")
-    out = np.zeros((polynomials, len(primes), size), np.uint64)
-    octets, start = out.view(np.uint8).reshape(polynomials, len(primes), size, 8), 0
+    out = np.empty((polynomials, len(primes), size), np.uint64)
+    octets, start = np.frombuffer(data, np.uint8), 0
     for poly in range(polynomials):
         for index, prime in enumerate(primes):
-            count = width(prime) * size
-            octets[poly, index, :, : width(prime)] = np.frombuffer(data, np.uint8, count, start).reshape(size, -1)
-            start += count
-            if int(out[poly, index].max()) >= prime:
+            end = start + width(prime) * size
+            if not from_octets(octets[start:end], width(prime), np.uint64(prime), out[poly, index]):
                 raise WireError(f"{what}: got a residue that is not below its prime")
+            start = end
     return out
 
 

@@ -94,7 +94,8 @@ def _affine(terms: dict[Value, sp.csr_matrix], bias: Floats, *, shape: tuple[int
 def scaled(source: Value, factor: float, offset: float, name: str) -> Affine:
     """factor * source + offset, element by element."""
     matrix = sp.csr_matrix(sp.identity(source.size, format="csr") * factor)
-    return affine([(source, matrix)], np.full(source.size, offset), shape=source.shape, name=name)
+    kept = source.name if isinstance(source, Affine) else name
+    return affine([(source, matrix)], np.full(source.size, offset), shape=source.shape, name=kept)
 
 
 def combined(terms: Sequence[tuple[Value, float]], offset: float, name: str) -> Affine:

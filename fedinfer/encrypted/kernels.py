@@ -43,7 +43,8 @@ def _rint(context: Any, a: Any) -> Any:
 
 
 @njit(inline="always")
-def _times_constant(x, w, v, p):  # type: ignore[no-untyped-def]
+def times_constant(x, w, v, p):  # type: ignore[no-untyped-def]
+    """x * w modulo p, nearly centred; v is w / p."""
     h = x * w
     q = _rint(x * v)  # type: ignore[call-arg, var-annotated]
     return _fma(-q, p, h) + _fma(x, w, -h)
@@ -57,7 +58,8 @@ def _times(x, y, p, u):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _centred(x, p, u):  # type: ignore[no-untyped-def]
+def centred(x, p, u):  # type: ignore[no-untyped-def]
+    """x modulo p around zero, for a whole number of at most 2^53; u is 1 / p."""
     return x - p * _rint(x * u)  # type: ignore[call-arg]
 
 
@@ -72,14 +74,14 @@ def forward(a, scratch, w1, v1, w2, v2, p):  # type: ignore[no-untyped-def]
             x, y = a[2 * i * t : 2 * i * t + t], a[2 * i * t + t : 2 * i * t + 2 * t]
             w, v = w1[m + i], v1[m + i]
             for j in range(t):
-                b, c = _times_constant(y[j], w, v, p), x[j]
+                b, c = times_constant(y[j], w, v, p), x[j]
                 x[j], y[j] = c + b, c - b
         m, t = m << 1, t >> 1
     for r in range(0, rows, 8):
         for c in range(columns):
             part = scratch[c * rows + r : c * rows + r + 8]
             for k in range(8):
-                part[k] = _centred(a[(r + k) * columns + c], p, u)
+                part[k] = centred(a[(r + k) * columns + c], p, u)
     t, m = columns >> 1, 1
     while m < columns:
         for i in range(m):
@@ -88,11 +90,11 @@ def forward(a, scratch, w1, v1, w2, v2, p):  # type: ignore[no-untyped-def]
                 o = (2 * i * t + j) * rows
                 x, y = scratch[o : o + rows], scratch[o + t * rows : o + (t + 1) * rows]
                 for k in range(rows):
-                    b, c = _times_constant(y[k], w_row[k], v_row[k], p), x[k]
+                    b, c = times_constant(y[k], w_row[k], v_row[k], p), x[k]
                     x[k], y[k] = c + b, c - b
         m, t = m << 1, t >> 1
     for j in range(a.shape[0]):
-        a[j] = _centred(scratch[j], p, u)
+        a[j] = centred(scratch[j], p, u)
 
 
 @njit(cache=True, nogil=True)
@@ -114,17 +116,17 @@ def inverse(a, scratch, w1, v1, w2, v2, p, n_inverse):  # type: ignore[no-untype
                 if step % 3:
                     for k in range(rows):
                         b, c = y[k], x[k]
-                        x[k], y[k] = c + b, _times_constant(c - b, w_row[k], v_row[k], p)
+                        x[k], y[k] = c + b, times_constant(c - b, w_row[k], v_row[k], p)
                 else:
                     for k in range(rows):
                         b, c = y[k], x[k]
-                        x[k], y[k] = _centred(c + b, p, u), _times_constant(c - b, w_row[k], v_row[k], p)
+                        x[k], y[k] = centred(c + b, p, u), times_constant(c - b, w_row[k], v_row[k], p)
         m, t = m >> 1, t << 1
     for r in range(0, rows, 8):
         for c in range(columns):
             part = a[c * rows + r : c * rows + r + 8]
             for k in range(8):
-                scratch[(r + k) * columns + c] = _centred(part[k], p, u)
+                scratch[(r + k) * columns + c] = centred(part[k], p, u)
     t, m, step = columns, rows >> 1, 0
     while m >= 1:
         step += 1
@@ -134,14 +136,14 @@ def inverse(a, scratch, w1, v1, w2, v2, p, n_inverse):  # type: ignore[no-untype
             if step % 3:
                 for j in range(t):
                     b, c = y[j], x[j]
-                    x[j], y[j] = c + b, _times_constant(c - b, w, v, p)
+                    x[j], y[j] = c + b, times_constant(c - b, w, v, p)
             else:
                 for j in range(t):
                     b, c = y[j], x[j]
-                    x[j], y[j] = _centred(c + b, p, u), _times_constant(c - b, w, v, p)
+                    x[j], y[j] = centred(c + b, p, u), times_constant(c - b, w, v, p)
         m, t = m >> 1, t << 1
     for j in range(a.shape[0]):
-        a[j] = _centred(_times(_centred(scratch[j], p, u), n_inverse, p, u), p, u)
+        a[j] = centred(_times(centred(scratch[j], p, u), n_inverse, p, u), p, u)
 
 
 @njit(cache=True, nogil=True)
@@ -149,7 +151,7 @@ def reduce(a, p):  # type: ignore[no-untyped-def]
     """Centre every number of `a`, which holds integers of at most 2^52, in place."""
     u = 1.0 / p
     for j in range(a.shape[0]):
-        a[j] = _centred(a[j], p, u)
+        a[j] = centred(a[j], p, u)
 
 
 @njit(cache=True, nogil=True)
@@ -157,7 +159,7 @@ def multiply_add(acc, x, y, p):  # type: ignore[no-untyped-def]
     """acc += x * y mod p, centred; all (N,)."""
     u = 1.0 / p
     for j in range(acc.shape[0]):
-        acc[j] = _centred(acc[j] + _times(x[j], y[j], p, u), p, u)
+        acc[j] = centred(acc[j] + _times(x[j], y[j], p, u), p, u)
 
 
 @njit(cache=True, nogil=True)
@@ -199,7 +201,7 @@ def decompose(c, chosen, out, w1, v1, w2, v2, p, i1, j1, i2, j2, n_inverse):  # 
             if p[k] > p[g]:
                 u = 1.0 / p[g]
                 for s in range(n):
-                    target[s] = _centred(lifted[s], p[g], u)
+                    target[s] = centred(lifted[s], p[g], u)
             else:
                 target[:] = lifted
             forward(target, scratch, w1[g], v1[g], w2[g], v2[g], p[g])
@@ -224,7 +226,7 @@ def switch(digits, key, columns, order, chosen, p, acc):  # type: ignore[no-unty
                 low[s] += _times(x, a[s], prime, u)
                 high[s] += _times(x, b[s], prime, u)
         for s in range(low.shape[0]):
-            low[s], high[s] = _centred(low[s], prime, u), _centred(high[s], prime, u)
+            low[s], high[s] = centred(low[s], prime, u), centred(high[s], prime, u)
 
 
 @njit(cache=True, nogil=True)
@@ -252,13 +254,13 @@ def divide(c, chosen, factor, out, w1, v1, w2, v2, p, i1, j1, i2, j2, n_inverse)
             u = 1.0 / p[g]
             if p[last] > p[g]:
                 for s in range(n):
-                    lifted[s] = _centred(remainder[s], p[g], u)
+                    lifted[s] = centred(remainder[s], p[g], u)
             else:
                 lifted[:] = remainder
             forward(lifted, scratch, w1[g], v1[g], w2[g], v2[g], p[g])
             source, target, f = c[k, j], out[k, j], factor[j]
             for s in range(n):
-                target[s] = _centred(_times(source[s] - lifted[s], f, p[g], u), p[g], u)
+                target[s] = centred(_times(source[s] - lifted[s], f, p[g], u), p[g], u)
 
 
 @njit(cache=True, nogil=True)
@@ -270,9 +272,9 @@ def tensor(x, y, chosen, p, out):  # type: ignore[no-untyped-def]
         x0, x1, y0, y1 = x[0, j], x[1, j], y[0, j], y[1, j]
         o0, o1, o2 = out[0, j], out[1, j], out[2, j]
         for s in range(x0.shape[0]):
-            o0[s] = _centred(_times(x0[s], y0[s], prime, u), prime, u)
-            o1[s] = _centred(_times(x0[s], y1[s], prime, u) + _times(x1[s], y0[s], prime, u), prime, u)
-            o2[s] = _centred(_times(x1[s], y1[s], prime, u), prime, u)
+            o0[s] = centred(_times(x0[s], y0[s], prime, u), prime, u)
+            o1[s] = centred(_times(x0[s], y1[s], prime, u) + _times(x1[s], y0[s], prime, u), prime, u)
+            o2[s] = centred(_times(x1[s], y1[s], prime, u), prime, u)
 
 
 @njit(cache=True, nogil=True)
@@ -284,7 +286,7 @@ def add(x, y, chosen, p):  # type: ignore[no-untyped-def]
             u = 1.0 / prime
             a, b = x[c, j], y[c, j]
             for s in range(a.shape[0]):
-                a[s] = _centred(a[s] + b[s], prime, u)
+                a[s] = centred(a[s] + b[s], prime, u)
 
 
 @njit(cache=True, nogil=True)
@@ -305,4 +307,29 @@ def scale_add(acc, x, constants, chosen, p):  # type: ignore[no-untyped-def]
             u, v = 1.0 / prime, w / prime
             a, b = acc[c, j], x[c, j]
             for s in range(a.shape[0]):
-                a[s] = _centred(a[s] + _times_constant(b[s], w, v, prime), prime, u)
+                a[s] = centred(a[s] + times_constant(b[s], w, v, prime), prime, u)
+
+
+@njit(cache=True, nogil=True)
+def from_words(words, p, rows, columns, out):  # type: ignore[no-untyped-def]
+    """Residues (N,) below `p` in SEAL's order as ours: centred, transposed."""
+    half = p / 2.0
+    for r in range(0, rows, 8):
+        for c in range(columns):
+            part = out[c * rows + r : c * rows + r + 8]
+            for k in range(8):
+                x = np.float64(words[(r + k) * columns + c])
+                part[k] = x - p if x > half else x
+
+
+@njit(cache=True, nogil=True)
+def from_octets(octets, width, prime, out):  # type: ignore[no-untyped-def]
+    """Little-endian numbers of `width` bytes as words (N,); whether all are below `prime`."""
+    largest = np.uint64(0)
+    for s in range(out.shape[0]):
+        word = np.uint64(0)
+        for k in range(width):
+            word |= np.uint64(octets[s * width + k]) << np.uint64(8 * k)
+        out[s] = word
+        largest = max(largest, word)
+    return largest < prime

@@ -103,11 +103,12 @@ class Ring:
 
     def from_seal(self, residues: NDArray[np.uint64], chosen: Indices) -> Residues:
         """Residues (..., n, N) in SEAL's order, below each prime, as ours."""
-        values = residues.astype(np.float64)
-        p = self.p[chosen][:, None]
-        np.subtract(values, p, out=values, where=values > p / 2)
-        shape = values.shape
-        return np.ascontiguousarray(values.reshape(*shape[:-1], *self._shape).swapaxes(-1, -2)).reshape(shape)
+        out = np.empty(residues.shape)
+        flat, words = out.reshape(-1, len(chosen), self.degree), residues.reshape(-1, len(chosen), self.degree)
+        for polynomial, source in zip(flat, words, strict=True):
+            for row, word, k in zip(polynomial, source, chosen, strict=True):
+                kernels.from_words(word, self.p[k], *self._shape, row)
+        return out
 
     def to_seal(self, residues: Residues, chosen: Indices) -> NDArray[np.uint64]:
         """The other way."""

@@ -115,7 +115,7 @@ class _Reader:
 class SealSecretSide:
     """A fresh secret key and what can be done with it. It is not printed, copied or written anywhere."""
 
-    def __init__(self, parameters: Parameters, plan: KeyPlan) -> None:
+    def __init__(self, parameters: Parameters, plan: KeyPlan, stored: bytes | None = None) -> None:
         literal = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
         literal.set_poly_modulus_degree(parameters.degree)
         literal.set_coeff_modulus([seal.Modulus(prime) for prime in parameters.primes])
@@ -124,8 +124,12 @@ class SealSecretSide:
         if not self._context.parameters_set():
             raise EncryptedError(f"parameters: SEAL refuses them ({self._context.parameters_error_name()})")
         self._parameters, self._plan = parameters, plan
-        self._generator = seal.KeyGenerator(self._context)
-        secret = self._generator.secret_key()
+        secret = seal.SecretKey()
+        if stored is None:
+            secret = seal.KeyGenerator(self._context).secret_key()
+        else:
+            self._read_into(secret, stored)
+        self._generator = seal.KeyGenerator(self._context, secret)
         self._encoder = seal.CKKSEncoder(self._context)
         self._encryptor = seal.Encryptor(self._context, secret)
         self._decryptor = seal.Decryptor(self._context, secret)
@@ -218,10 +222,17 @@ class SealSecretSide:
     def _wrapped(self, members: bytes) -> bytes:
         return HEADER.pack(MAGIC, HEADER.size, *self._version, 0, 0, HEADER.size + len(members)) + members
 
+    def stored_for_key_store(self) -> bytes:
+        """The secret key itself, for `key_store` to encrypt and for nobody else."""
+        return _file_of(self._generator.secret_key())
+
     def _load(self, data: bytes) -> Any:
         loaded = seal.Ciphertext()
+        self._read_into(loaded, data)
+        return loaded
+
+    def _read_into(self, target: Any, data: bytes) -> None:
         with _memory_file() as path:
             with open(path, "wb") as file:
                 file.write(data)
-            loaded.load(self._context, path)
-        return loaded
+            target.load(self._context, path)

@@ -2,7 +2,8 @@
 
 import torch
 
-from fedinfer.encrypted.compiler import Compiled, compile_model
+from fedinfer.encrypted.compiled import Compiled
+from fedinfer.encrypted.compiler import CircuitPrivacy, Objective, compile_model
 from fedinfer.models import Model
 
 ROWS = 256
@@ -17,7 +18,10 @@ def public_rows(width: int) -> torch.Tensor:
     return torch.cat([inside, corners])
 
 
-def compile_served(model: Model) -> Compiled:
+def compile_served(
+    model: Model, *, objective: Objective = "latency", precision: float = 1e-3,
+    circuit_privacy: CircuitPrivacy = "rerandomised",
+) -> Compiled:  # fmt: skip
     """Compile `model`; the circuit carries its schema, labels and threshold for the client.
 
     Raises: CompileError if it has no encrypted form.
@@ -33,6 +37,9 @@ def compile_served(model: Model) -> Compiled:
         net,
         rows[:1],
         calibration=rows,
+        objective=objective,
+        precision=precision,
+        circuit_privacy=circuit_privacy,
         about={
             "schema": dict(model.schema),
             "schema_digest": model.schema_digest,

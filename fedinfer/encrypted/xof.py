@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from fedinfer.errors import WireError
 
 BLOCK = 4096
+# Nodes of a block, which are hashed side by side in the lanes of vector registers.
+NODES = 64
 SEED_BYTES = 64
 _IV = np.array(
     [
@@ -45,63 +47,72 @@ _SIGMA = np.array(
 
 
 @njit(cache=True, inline="always")
-def _mix(v, a, b, c, d, x, y):  # type: ignore[no-untyped-def]
-    v[a] = v[a] + v[b] + x
-    t = v[d] ^ v[a]
-    v[d] = (t >> np.uint64(32)) | (t << np.uint64(32))
-    v[c] = v[c] + v[d]
-    t = v[b] ^ v[c]
-    v[b] = (t >> np.uint64(24)) | (t << np.uint64(40))
-    v[a] = v[a] + v[b] + y
-    t = v[d] ^ v[a]
-    v[d] = (t >> np.uint64(16)) | (t << np.uint64(48))
-    v[c] = v[c] + v[d]
-    t = v[b] ^ v[c]
-    v[b] = (t >> np.uint64(63)) | (t << np.uint64(1))
+def _mix(v, m, a, b, c, d, x, y):  # type: ignore[no-untyped-def]
+    for k in range(v.shape[1]):
+        t = v[a, k] + v[b, k] + m[x]
+        w = v[d, k] ^ t
+        w = (w >> np.uint64(32)) | (w << np.uint64(32))
+        z = v[c, k] + w
+        u = v[b, k] ^ z
+        u = (u >> np.uint64(24)) | (u << np.uint64(40))
+        t = t + u + m[y]
+        w = w ^ t
+        w = (w >> np.uint64(16)) | (w << np.uint64(48))
+        z = z + w
+        u = u ^ z
+        v[a, k], v[b, k], v[c, k], v[d, k] = t, (u >> np.uint64(63)) | (u << np.uint64(1)), z, w
 
 
 @njit(cache=True, nogil=True)
 def _compress(h, m, count, last, iv, sigma, v):  # type: ignore[no-untyped-def]
+    """One block for states `h` (8, k) that hash the same message `m` (16,)."""
     for i in range(8):
-        v[i], v[i + 8] = h[i], iv[i]
-    v[12] ^= np.uint64(count)
-    if last:
-        v[14] = ~v[14]
+        for k in range(h.shape[1]):
+            v[i, k], v[i + 8, k] = h[i, k], iv[i]
+    for k in range(h.shape[1]):
+        v[12, k] ^= np.uint64(count)
+        if last:
+            v[14, k] = ~v[14, k]
     for r in range(12):
         s = sigma[r]
-        _mix(v, 0, 4, 8, 12, m[s[0]], m[s[1]])
-        _mix(v, 1, 5, 9, 13, m[s[2]], m[s[3]])
-        _mix(v, 2, 6, 10, 14, m[s[4]], m[s[5]])
-        _mix(v, 3, 7, 11, 15, m[s[6]], m[s[7]])
-        _mix(v, 0, 5, 10, 15, m[s[8]], m[s[9]])
-        _mix(v, 1, 6, 11, 12, m[s[10]], m[s[11]])
-        _mix(v, 2, 7, 8, 13, m[s[12]], m[s[13]])
-        _mix(v, 3, 4, 9, 14, m[s[14]], m[s[15]])
+        _mix(v, m, 0, 4, 8, 12, s[0], s[1])
+        _mix(v, m, 1, 5, 9, 13, s[2], s[3])
+        _mix(v, m, 2, 6, 10, 14, s[4], s[5])
+        _mix(v, m, 3, 7, 11, 15, s[6], s[7])
+        _mix(v, m, 0, 5, 10, 15, s[8], s[9])
+        _mix(v, m, 1, 6, 11, 12, s[10], s[11])
+        _mix(v, m, 2, 7, 8, 13, s[12], s[13])
+        _mix(v, m, 3, 4, 9, 14, s[14], s[15])
     for i in range(8):
-        h[i] ^= v[i] ^ v[i + 8]
+        for k in range(h.shape[1]):
+            h[i, k] ^= v[i, k] ^ v[i + 8, k]
 
 
 @njit(cache=True, nogil=True)
 def _stream(seed, first, out, iv, sigma, root_word, root_length, node_words):  # type: ignore[no-untyped-def]
     """Fill `out` (blocks, 512) with the blocks of counters first, first + 1, ..."""
-    h, root, m, v = np.empty(8, np.uint64), np.empty(8, np.uint64), np.zeros(16, np.uint64), np.empty(16, np.uint64)
+    root, spare = np.empty((8, 1), np.uint64), np.empty((16, 1), np.uint64)
+    h, m, v = np.empty((8, NODES), np.uint64), np.zeros(16, np.uint64), np.empty((16, NODES), np.uint64)
     for block in range(out.shape[0]):
-        root[:] = iv
-        root[0] ^= root_word
-        root[1] ^= root_length
+        root[:, 0] = iv
+        root[0, 0] ^= root_word
+        root[1, 0] ^= root_length
         m[:8], m[8:] = seed, 0
-        _compress(root, m, 128, False, iv, sigma, v)
+        _compress(root, m, 128, False, iv, sigma, spare)
         m[:] = 0
         m[0] = np.uint64(first + block)
-        _compress(root, m, 136, True, iv, sigma, v)
-        m[:8], m[8:] = root, 0
-        for node in range(64):
-            h[:] = iv
-            h[0] ^= node_words[0]
-            h[1] ^= root_length ^ np.uint64(node)
-            h[2] ^= node_words[1]
-            _compress(h, m, 64, True, iv, sigma, v)
-            out[block, 8 * node : 8 * node + 8] = h
+        _compress(root, m, 136, True, iv, sigma, spare)
+        m[:8], m[8:] = root[:, 0], 0
+        for i in range(8):
+            h[i] = iv[i]
+        for k in range(NODES):
+            h[0, k] ^= node_words[0]
+            h[1, k] ^= root_length ^ np.uint64(k)
+            h[2, k] ^= node_words[1]
+        _compress(h, m, 64, True, iv, sigma, v)
+        for k in range(NODES):
+            for i in range(8):
+                out[block, 8 * k + i] = h[i, k]
 
 
 def _words(data: bytes) -> list[np.uint64]:

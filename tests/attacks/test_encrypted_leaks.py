@@ -15,8 +15,8 @@ from fedinfer.encrypted import Compiled, EncryptedClient, EncryptedEngine, compi
 from fedinfer.encrypted.circuit import MapStep
 from fedinfer.encrypted.evaluator import Ciphertext
 from fedinfer.encrypted.frames import packed_bytes, split, unpack
+from fedinfer.encrypted.residues import ResidueServerSide
 from fedinfer.encrypted.ring import Ring, held_by, held_for, ring_of
-from fedinfer.encrypted.scheme import ResidueServerSide
 from fedinfer.wire import Kind
 
 INPUTS = 30

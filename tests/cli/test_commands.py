@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from clients.asking import describe
+from fedinfer.cli.query import start_server
 from fedinfer.data import read_schema
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.models import load
@@ -120,6 +122,20 @@ def test_a_value_outside_its_range_is_clamped_and_counted(model: Path, hospitals
     assert "4000" not in result.err
 
 
+def test_compile_writes_a_plan_that_serve_takes(model: Path, run: Run, tmp_path: Path) -> None:
+    plan = tmp_path / "model.plan"
+    result = run("compile", model, "--out", plan, "--json")
+    told = json.loads(result.out)
+    assert result.code == 0
+    assert told["holds"] is True
+    assert [layer["operation"] for layer in told["layers"]] == ["map, 1 products"]
+    with start_server(plan) as url:
+        assert describe(url()).circuit.digest == told["digest"]
+    shown = run("compile", model, "--explain")
+    assert "predicted ms" in shown.out
+    assert "no plan was written" in shown.err
+
+
 def test_schema_drafts_names_and_types_only(hospitals: Path, run: Run) -> None:
     draft = hospitals.parent / "draft.toml"
     assert run("schema", hospitals, "--target", "num", "--out", draft).code == 0
@@ -162,7 +178,19 @@ def test_ledger_commands(hospitals: Path, run: Run, model: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "schema", "train", "evaluate", "predict", "serve", "ask", "ledger init", "ledger show", "ledger verify"],
+    [
+        "demo",
+        "schema",
+        "train",
+        "evaluate",
+        "predict",
+        "compile",
+        "serve",
+        "ask",
+        "ledger init",
+        "ledger show",
+        "ledger verify",
+    ],
 )
 def test_help_shows_an_example(command: str, run: Run) -> None:
     result = run(*command.split(), "--help")

@@ -18,8 +18,9 @@ from fedinfer.encrypted import (
     StatisticalFlooding,
     compile_model,
 )
+from fedinfer.encrypted.clear import InsecureClear
 from fedinfer.encrypted.params import MAX_BITS_128
-from fedinfer.encrypted.scheme import InsecureClear, Scheme
+from fedinfer.encrypted.scheme import Scheme
 from fedinfer.errors import BadUsage, CompileError, EncryptedError, NonFinite, ShapeMismatch
 from tests.encrypted.networks import Square, networks
 
@@ -151,6 +152,19 @@ def test_features_that_do_not_fit_are_refused() -> None:
         client.encrypt(np.full((1, 30), 1e6))
     with pytest.raises(EncryptedError, match="got 2 arrays, expected 1"):
         client.encrypt((np.zeros((1, 30)), np.zeros((1, 30))))
+
+
+@pytest.mark.parametrize("name", ["mlp 30-64-2", "signal", "joined"])
+def test_throughput_gives_every_row_a_slot(name: str) -> None:
+    net, shapes = NETWORKS[name]
+    rows = rows_of(shapes, 300)
+    one = compile_model(net.eval(), tuple(row[:1] for row in rows), calibration=rows, objective="throughput")
+    features = tuple(row.numpy() for row in rows)
+    np.testing.assert_allclose(asked(one, features, InsecureClear()), plain(net, features), atol=1e-4)
+    assert one.public.max_rows == one.public.parameters.slots
+    if name == "mlp 30-64-2":
+        error = np.abs(asked(one, features, None) - plain(net, features)).max()
+        assert error <= 4 * one.public.error
 
 
 def test_flooding_costs_scale_and_keeps_the_precision() -> None:

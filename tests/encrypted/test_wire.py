@@ -21,7 +21,7 @@ from fedinfer.encrypted import (
 )
 from fedinfer.encrypted.frames import join, pack, split, unpack
 from fedinfer.encrypted.params import Parameters
-from fedinfer.errors import BadUsage, EncryptedError, FedinferError, WireError
+from fedinfer.errors import BadUsage, EncryptedError, FedinferError, MessageTooLarge, WireError
 from fedinfer.wire import Frame, Kind, decode, encode
 from tests.encrypted.networks import Square
 
@@ -130,13 +130,16 @@ def test_keys_and_queries_are_fresh_and_of_constant_size(hidden: int) -> None:
 
 def test_messages_for_another_circuit_or_of_another_kind_are_refused() -> None:
     client, session = opened()
-    stranger, _ = opened(8)
+    other = compile_model(net_of(2), ROWS[:1], calibration=ROWS, about={"name": "another"})
+    stranger = EncryptedClient.generate(other.public)
     with pytest.raises(EncryptedError, match="made for another circuit"):
         session.run(stranger.encrypt(np.zeros((1, 6))))
     with pytest.raises(EncryptedError, match="made for another circuit"):
         EncryptedEngine(compiled()).open(stranger.evaluation_keys())
     with pytest.raises(WireError, match="got kind 2, expected 3"):
         session.run(client.evaluation_keys())
+    with pytest.raises(MessageTooLarge, match="expected at most"):
+        EncryptedEngine(compiled()).open(opened(8)[0].evaluation_keys())
 
 
 def test_keys_that_are_not_whole_are_refused() -> None:

@@ -101,7 +101,7 @@ def test_a_port_in_use_is_refused_before_anything_listens(url: str, model: Model
     port = int(url.rpartition(":")[2])
     said: list[str] = []
     with pytest.raises(BadUsage, match=f"address 127.0.0.1:{port}: cannot listen"):
-        serve(model, host="127.0.0.1", port=port, on_ready=said.append)
+        serve(compile_served(model), host="127.0.0.1", port=port, on_ready=said.append)
     assert said == []
 
 

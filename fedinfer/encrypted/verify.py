@@ -1,0 +1,69 @@
+"""Does a circuit keep its promise: many inputs with noise in the clear, some under CKKS, against exact arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedinfer.encrypted.circuit import execute
+from fedinfer.encrypted.compiled import Compiled
+from fedinfer.encrypted.scheme import TenSeal
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Largest errors of an output against exact arithmetic, and the share of rows whose decision noise changed."""
+
+    rows: int
+    clear_error: float
+    clear_changed: float
+    encrypted_rows: int
+    encrypted_error: float
+    encrypted_changed: float
+    stated_error: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether no error was larger than the circuit states."""
+        return max(self.clear_error, self.encrypted_error) <= self.stated_error
+
+
+def verify(compiled: Compiled, arguments: Sequence[Floats], *, encrypted_rows: int) -> Verification:
+    """Flat features (n, size) for each input, all of them with noise and the first few under CKKS."""
+    few = [argument[:encrypted_rows] for argument in arguments]
+    exact = compiled.simulate(arguments, noise=None)
+    noisy, real = compiled.simulate(arguments, noise=0), _encrypted(compiled, few)
+    return Verification(
+        rows=len(exact),
+        clear_error=float(np.abs(noisy - exact).max()),
+        clear_changed=_changed(noisy, exact),
+        encrypted_rows=len(real),
+        encrypted_error=float(np.abs(real - exact[: len(real)]).max(initial=0.0)),
+        encrypted_changed=_changed(real, exact[: len(real)]),
+        stated_error=compiled.public.error,
+    )
+
+
+def _encrypted(compiled: Compiled, arguments: Sequence[Floats]) -> Floats:
+    public, scheme = compiled.public, TenSeal()
+    secret = scheme.secret_side(public.parameters, public.keys)
+    side = scheme.server_side(public.parameters, public.keys, secret.public_keys())
+    encoded = compiled.encode(scheme) if compiled.encoded is None else compiled.encoded
+    parts = [side.read(secret.encrypt(slots)) for slots in public.pack(arguments)]
+    numbers = []
+    for start in range(0, len(parts), public.ciphertexts):
+        answers = execute(compiled.private, encoded, side, public.split(parts[start : start + public.ciphertexts]))
+        written = [side.write(x, outputs=public.classes, flood=compiled.private.flood) for x in answers]
+        numbers += [secret.decrypt(data, outputs=public.classes, scale=public.scale) for data in written]
+    return public.unpack(numbers, len(arguments[0])) if numbers else np.zeros((0, public.outputs))
+
+
+def _changed(got: Floats, expected: Floats) -> float:
+    if not len(got):
+        return 0.0
+    if got.shape[1] == 1:
+        return float(((got >= 0) != (expected >= 0)).mean())
+    return float((got.argmax(axis=1) != expected.argmax(axis=1)).mean())
