@@ -182,7 +182,7 @@ def compile_(
     throughput: Annotated[
         bool, typer.Option("--throughput", help="Thousands of rows of one client at once, instead of one row soonest.")
     ] = False,
-    precision: Annotated[float, typer.Option(help="Largest error, as a share of the largest output.")] = 1e-3,
+    precision: Annotated[float, typer.Option(help="Largest error, as a share of the largest output.")] = 2e-3,
     flooding_bits: Annotated[
         int, typer.Option(help="Noise in every answer, 2^bits times the circuit's own; 0 for none.", min=0, max=30)
     ] = 0,

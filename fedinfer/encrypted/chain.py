@@ -21,17 +21,20 @@ from fedinfer.encrypted.params import MAX_BITS_128, MAX_PRIME_BITS, MIN_PRIME_BI
 from fedinfer.errors import EncryptedError
 
 Floats = NDArray[np.float64]
-# Bits of plaintexts, of those of the last map, of what a rescale keeps, and of a fresh query: a first grid, and one for
-# what asks for more precision.
+# Bits of plaintexts, of those of the last map, of what a rescale keeps, and of a fresh query: a first grid, and two for
+# what asks for more precision, the last for flooding.
 GRIDS = (
     ((15, 18, 21, 24), (12, 15, 18, 21, 24), (22, 24, 26, 28, 30, 32, 34, 36), (22, 24, 26, 28, 30, 32, 34)),
     ((24, 28, 32, 36), (21, 24, 28, 32), (31, 36, 40, 44), (30, 36, 42)),
+    ((36, 40, 44), (30, 34, 38, 42, 46), (40, 42, 44, 45, 46, 47), (44, 46)),
 )
 ANSWER_BITS = (32, 36, 40, 44, 48)
 # Room for a sign and for values twice as large as the calibration data showed.
 HEADROOM_BITS = 2.0
 # Largest error over standard deviation that a few thousand answers show.
 TAIL = 5.0
+# A larger ring is seldom cheaper than the least that fits.
+ENOUGH_DEGREES = 2
 MAX_FREE_DEPTH = 9
 UNBOUNDED_DEGREE = 1 << 20
 DELTA = 1e-4
@@ -44,13 +47,23 @@ FOLDS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Parameters and, for each depth, the level before and after rescaling and the nominal scale in bits after it."""
+    """Parameters and, for each depth, the level before and after rescaling and the nominal scale in bits after it.
+
+    `noise` is the largest error of an output by what the circuit does, `error` that after flooding, with the noise of
+    the encryption of zero in every answer.
+    """
 
     parameters: Parameters
     before: tuple[int, ...]
     after: tuple[int, ...]
     scale_bits: tuple[float, ...]
+    noise: float
     error: float
+
+    @property
+    def bits(self) -> tuple[int, float]:
+        """All primes together, then the error: what is sent, and what is gained."""
+        return sum(self.parameters.prime_bits), self.error
 
     @property
     def effort(self) -> tuple[int, float]:
@@ -59,16 +72,16 @@ class Chain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A chain in bits, before its primes are looked for."""
+class _Wanted:
+    """What every chain at one degree must give: `outputs` is how many classes of slots an answer has."""
 
-    prime_bits: tuple[int, ...]
-    special: bool
-    fresh: float
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    scale_bits: tuple[float, ...]
-    error: float
+    flooding: float
+    degree: int
+    outputs: int
+
+    @property
+    def allowed_bits(self) -> int:
+        return MAX_BITS_128.get(self.degree, self.degree)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,52 +141,49 @@ def _rerun(output: Value, changed: Value, rows: Floats, base: Mapping[Value, Flo
     return found.get(output, base[output])
 
 
-def chains(
-    output: Value, depths: Mapping[Value, int], *, precision: float, degrees: tuple[int, ...], wide: bool = False
-) -> list[Chain]:
-    """Feasible chains, the cheapest first by `Chain.effort`, one for each pattern of levels at each degree.
+class Chains:
+    """The feasible chains of a graph, whose own noise is made `flooding` times larger at the end.
 
-    `precision` is the largest error of an output, absolute; `wide` if every slot of an answer is an output.
+    `wide` if every slot of an answer is an output.
     """
-    steps = _steps(output, depths)
-    best: dict[tuple[int, tuple[int, ...]], _Plan] = {}
-    for degree, grid in [(degree, grid) for grid in GRIDS for degree in degrees]:
-        if grid is not GRIDS[0] and best:
-            break
-        for plan in _feasible(steps, precision, degree, grid, degree // 2 if wide else power_of_two(output.size)):
-            key = (degree, plan.before)
-            # All are exact enough, so the one of the fewest bytes.
-            if key not in best or (sum(plan.prime_bits), plan.error) < (sum(best[key].prime_bits), best[key].error):
-                best[key] = plan
-    found = []
-    for (degree, _), plan in best.items():
-        try:
-            parameters = Parameters(
-                degree=degree, prime_bits=plan.prime_bits, special=plan.special, scale_bits=plan.fresh
-            )
-            _ = parameters.primes
-        except EncryptedError:
-            # There are few primes of 20 bits for a large ring.
-            continue
-        found.append(
-            Chain(
-                parameters=parameters,
-                before=plan.before,
-                after=plan.after,
-                scale_bits=plan.scale_bits,
-                error=plan.error,
-            )
-        )
-    return sorted(found, key=lambda chain: chain.effort)
 
+    def __init__(
+        self, output: Value, depths: Mapping[Value, int], *, flooding: float, degrees: tuple[int, ...], wide: bool
+    ) -> None:
+        self._steps = _steps(output, depths)
+        self._degrees, self._flooding = degrees, flooding
+        self._outputs = {degree: degree // 2 if wide else power_of_two(output.size) for degree in degrees}
+        self._scanned: dict[tuple[int, int], list[_Scan]] = {}
 
-def missing_bits(output: Value, depths: Mapping[Value, int]) -> int | None:
-    """How many bits of modulus the largest ring lacks for this graph at any precision; None if it lacks none."""
-    steps = _steps(output, depths)
-    sizes = [sum(plan.prime_bits) for plan in _feasible(steps, math.inf, UNBOUNDED_DEGREE, GRIDS[0], 1)]
-    largest = max(MAX_BITS_128)
-    lacking = min(sizes, default=1 << 12) - MAX_BITS_128[largest]
-    return lacking if lacking > 0 else None
+    def within(self, precision: float) -> list[Chain]:
+        """Those whose outputs err by `precision` at most, absolute, at the least degrees that have any.
+
+        The cheapest by `Chain.effort` is first; there is one for each pattern of levels.
+        """
+        best: dict[tuple[int, tuple[int, ...]], Chain] = {}
+        for grid, degree in [(grid, degree) for grid in range(len(GRIDS)) for degree in self._degrees]:
+            fit = {found for found, _ in best}
+            if len(fit) >= ENOUGH_DEGREES or (fit and degree == self._degrees[0]):
+                break
+            for scan in self._all(grid, degree):
+                for chain in scan.smallest(precision):
+                    key = (degree, chain.before)
+                    if key not in best or chain.bits < best[key].bits:
+                        best[key] = chain
+        return sorted(best.values(), key=lambda chain: chain.effort)
+
+    def missing_bits(self) -> int | None:
+        """How many bits of modulus the largest ring lacks at any precision; None if it lacks none."""
+        anything = _Wanted(flooding=1.0, degree=UNBOUNDED_DEGREE, outputs=1)
+        sizes = [int(scan.total.min()) for scan in _scans(self._steps, anything, GRIDS[0])]
+        lacking = min(sizes, default=1 << 12) - MAX_BITS_128[max(MAX_BITS_128)]
+        return lacking if lacking > 0 else None
+
+    def _all(self, grid: int, degree: int) -> list["_Scan"]:
+        if (grid, degree) not in self._scanned:
+            wanted = _Wanted(flooding=self._flooding, degree=degree, outputs=self._outputs[degree])
+            self._scanned[grid, degree] = list(_scans(self._steps, wanted, GRIDS[grid]))
+        return self._scanned[grid, degree]
 
 
 def _patterns(depth: int) -> Iterator[tuple[bool, ...]]:
@@ -185,95 +195,123 @@ def _patterns(depth: int) -> Iterator[tuple[bool, ...]]:
             yield tuple((i + start) % period == 0 for i in range(depth))
 
 
-def _feasible(
-    steps: list[_Step], precision: float, degree: int, grid: Sequence[Sequence[int]], outputs: int
-) -> Iterator[_Plan]:
-    depth = len(steps) - 1
-    allowed = MAX_BITS_128.get(degree, degree)
-    for pattern in _patterns(depth):
-        for plain, last, kept, fresh in itertools.product(*grid):
-            plan = _walk(steps, pattern, (fresh, plain, last, kept), degree, allowed, precision, outputs)
-            if plan is not None:
-                yield plan
+def _scans(steps: list[_Step], wanted: _Wanted, grid: Sequence[Sequence[int]]) -> "Iterator[_Scan]":
+    tried = np.array(list(itertools.product(*grid)), np.float64).T
+    for pattern in _patterns(len(steps) - 1):
+        scan = _Scan(steps, pattern, tried, wanted)
+        if len(scan.total):
+            yield scan
 
 
-def _walk(
-    steps: list[_Step], pattern: tuple[bool, ...], bits_of: tuple[float, float, float, float], degree: int,
-    allowed: int, precision: float, outputs: int,
-) -> _Plan | None:  # fmt: skip
-    fresh, plain, last, kept = bits_of
-    depth = len(steps) - 1
-    tops, scales, dropped = [fresh], [fresh], [0]
-    primes: list[int] = []
-    scale = fresh
-    for i in range(1, depth + 1):
-        top = 2 * scale if steps[i].product else scale + (last if i == depth else plain)
-        scale, count = top, 0
-        if pattern[i - 1]:
-            bits = round(top - kept)
-            if bits < MIN_PRIME_BITS:
-                return None
-            count = -(-bits // MAX_PRIME_BITS)
-            sizes = [bits // count + (k < bits % count) for k in range(count)]
-            if min(sizes) < MIN_PRIME_BITS:
-                return None
-            primes += sizes
-            scale = top - bits
-        tops.append(top)
-        scales.append(scale)
-        dropped.append(count)
-    need = scales[-1] + steps[-1].bound_bits + HEADROOM_BITS
-    answer = next((bits for bits in ANSWER_BITS if bits >= need), None)
-    if answer is None:
-        return None
-    data = [answer, *reversed(primes)]
-    special = depth > 1 or degree > 2048
-    if not special:
-        total = data
-    else:
+class _Scan:
+    """One pattern of rescaling over a whole grid of bits (4, n), side by side; only what fits is kept.
+
+    Each row of `tops`, `scales`, `dropped` and `counts` is a depth: the scale before and after rescaling, the bits that
+    it divides by and how many primes these are.
+    """
+
+    def __init__(self, steps: list[_Step], pattern: Sequence[bool], tried: Floats, wanted: _Wanted) -> None:
+        plain, last, kept, fresh = tried
+        self._degree, depth, nothing = wanted.degree, len(steps) - 1, np.zeros_like(fresh)
+        tops, scales, dropped, counts = [fresh], [fresh], [nothing], [nothing]
+        for i in range(1, depth + 1):
+            top = 2 * scales[-1] if steps[i].product else scales[-1] + (last if i == depth else plain)
+            bits = np.rint(top - kept) if pattern[i - 1] else nothing
+            tops.append(top)
+            scales.append(top - bits)
+            dropped.append(bits)
+            counts.append(np.ceil(bits / MAX_PRIME_BITS))
+        small = np.array([*ANSWER_BITS, np.inf])
+        need = scales[-1] + steps[-1].bound_bits + HEADROOM_BITS
+        answer = small[np.searchsorted(small, need)]
+        self._special = depth > 1 or wanted.degree > 2048
+        each = np.array(
+            [np.divide(b, c, out=np.zeros_like(b), where=c > 0) for b, c in zip(dropped, counts, strict=True)]
+        )
+        largest = np.maximum(answer, np.ceil(each).max(axis=0))
+        data = answer + np.sum(dropped, axis=0)
         # A special prime larger than the others keeps key switching quiet, and costs no time.
-        total = [*data, min(MAX_PRIME_BITS, max(data) + SPECIAL_BITS, max(max(data), allowed - sum(data)))]
-    if sum(total) > allowed:
-        return None
-    before, after, level = [len(data)], [len(data)], len(data)
-    for i in range(1, depth + 1):
-        if tops[i] + steps[i].bound_bits + HEADROOM_BITS > sum(data[:level]):
+        roomy = np.minimum(largest + SPECIAL_BITS, np.maximum(largest, wanted.allowed_bits - data))
+        special = np.minimum(MAX_PRIME_BITS, roomy) if self._special else nothing
+        fits = np.isfinite(answer) & (data + special <= wanted.allowed_bits)
+        for i in range(1, depth + 1):
+            if pattern[i - 1]:
+                fits &= (dropped[i] >= MIN_PRIME_BITS) & (np.floor(each[i]) >= MIN_PRIME_BITS)
+            left = answer + np.sum(dropped[i:], axis=0)
+            fits &= tops[i] + steps[i].bound_bits + HEADROOM_BITS <= left
+        self._tops, self._scales = np.array(tops)[:, fits], np.array(scales)[:, fits]
+        self._dropped, self._counts = np.array(dropped)[:, fits], np.array(counts)[:, fits]
+        self._answer, self._key = answer[fits], special[fits]
+        self.total = (data + special)[fits]
+        circuit = self._deviation(steps, plain[fits], last[fits])
+        # An output is the sum of the slots of a class in the worst case, so its mean is that many times smaller.
+        share = wanted.degree / (2 * wanted.outputs)
+        zero = noise.answered(wanted.degree, wanted.outputs) * share * 2.0 ** -self._scales[-1]
+        self._noise, self._error = TAIL * circuit, TAIL * np.hypot(circuit * wanted.flooding, zero)
+
+    def _deviation(self, steps: list[_Step], plain: Floats, last: Floats) -> Floats:
+        """That of an output by what the circuit does."""
+        degree, depth = self._degree, len(steps) - 1
+        divided = noise.divided(degree)
+        # What a key switch adds at the level before each depth: every prime that is left counts.
+        low, high = np.floor(self._dropped / np.maximum(self._counts, 1)), np.zeros_like(self._dropped)
+        high = self._dropped - low * self._counts
+        powers = high * 4.0 ** (low + 1 - self._key) + (self._counts - high) * 4.0 ** (low - self._key)
+        left = np.cumsum(powers[::-1], axis=0)[::-1] + 4.0 ** (self._answer - self._key)
+        switched = (
+            self._special * degree * noise.ERROR_DEVIATION * np.sqrt(np.vstack([left, left[-1:] - powers[-1:]]) / 12.0)
+        )
+        total = (steps[0].gain * noise.fresh(degree) * 2.0 ** -self._scales[0]) ** 2
+        for i in range(1, depth + 1):
+            here = (divided**2 + switched[i] ** 2 * (1 if steps[i].product else TURNS)) * 4.0 ** -self._tops[i]
+            if not steps[i].product:
+                # A plaintext's scale is what its product needs less what its source has.
+                given = last if i == depth else plain
+                here = here + (steps[i].rounding * noise.rounded(degree) * 2.0**-given) ** 2
+                if i > 1:
+                    # Its sources turn too.
+                    total = total + (steps[i - 1].gain * switched[i] * 2.0 ** -self._scales[i - 1]) ** 2
+                if i < depth:
+                    folded = divided**2 + switched[i + 1] ** 2 * TURNS
+                    here = here + FOLDS * folded * 4.0 ** -self._scales[i]
+            here = here + (self._dropped[i] > 0) * (divided * 2.0 ** -self._scales[i]) ** 2
+            total = total + (steps[i].gain or 1.0) ** 2 * here
+        return np.asarray(np.sqrt(total), np.float64)
+
+    def smallest(self, precision: float) -> "Iterator[Chain]":
+        """For each pattern of levels the chain of the fewest bytes that errs by `precision` at most."""
+        exact = np.nonzero(self._error <= precision)[0]
+        order = exact[np.lexsort((self._error[exact], self.total[exact]))]
+        seen: set[bytes] = set()
+        for index in order:
+            levels = self._counts[:, index].tobytes()
+            if levels not in seen:
+                chain = self._chain(int(index))
+                if chain is not None:
+                    seen.add(levels)
+                    yield chain
+
+    def _chain(self, index: int) -> Chain | None:
+        primes: list[int] = []
+        counts = self._counts[:, index].astype(int).tolist()
+        for bits, count in zip(self._dropped[:, index].astype(int).tolist(), counts, strict=True):
+            primes += [bits // count + (k < bits % count) for k in range(count)]
+        data = [int(self._answer[index]), *reversed(primes)]
+        before = [1 + sum(counts[i:]) for i in range(len(counts))]
+        try:
+            parameters = Parameters(
+                degree=self._degree, prime_bits=(*data, int(self._key[index])) if self._special else tuple(data),
+                special=self._special, scale_bits=float(self._scales[0, index]),
+            )  # fmt: skip
+            _ = parameters.primes
+        except EncryptedError:
+            # There are few primes of 20 bits for a large ring.
             return None
-        before.append(level)
-        level -= dropped[i]
-        after.append(level)
-    error = TAIL * _error(steps, tops, scales, (before, after), (plain, last), degree, total, outputs)
-    if error > precision:
-        return None
-    return _Plan(
-        prime_bits=tuple(total), special=special, fresh=float(fresh), before=tuple(before), after=tuple(after),
-        scale_bits=tuple(scales), error=error,
-    )  # fmt: skip
-
-
-def _error(
-    steps: list[_Step], tops: list[float], scales: list[float], levels: tuple[list[int], list[int]],
-    plain: tuple[float, float], degree: int, bits: Sequence[int], outputs: int,
-) -> float:  # fmt: skip
-    """The deviation of an output. `levels` is the level before and after each depth, `bits` those of all primes."""
-    before, after = levels
-    divided = noise.divided(degree)
-    total = (steps[0].gain * noise.fresh(degree) * 2.0 ** -scales[0]) ** 2
-    for i in range(1, len(steps)):
-        switched = noise.switched(degree, bits[: before[i]], bits[-1])
-        here = (divided**2 + switched**2 * (1 if steps[i].product else TURNS)) * 4.0 ** -tops[i]
-        if not steps[i].product:
-            # A plaintext's scale is what its product needs less what its source has.
-            here += (steps[i].rounding * noise.rounded(degree) * 2.0 ** -plain[i == len(steps) - 1]) ** 2
-            if i > 1:
-                # Its sources turn too.
-                total += (steps[i - 1].gain * switched * 2.0 ** -scales[i - 1]) ** 2
-            if i < len(steps) - 1:
-                folded = noise.switched(degree, bits[: after[i]], bits[-1])
-                here += FOLDS * (divided**2 + folded**2 * TURNS) * 4.0 ** -scales[i]
-        if after[i] < before[i]:
-            here += (divided * 2.0 ** -scales[i]) ** 2
-        total += (steps[i].gain or 1.0) ** 2 * here
-    # An output is the sum of the slots of a class in the worst case, so its mean is that many times smaller.
-    answered = noise.answered(degree, outputs) * degree / (2 * outputs) * 2.0 ** -scales[-1]
-    return math.sqrt(total + answered**2)
+        return Chain(
+            parameters=parameters,
+            before=tuple(before),
+            after=tuple(level - count for level, count in zip(before, counts, strict=True)),
+            scale_bits=tuple(self._scales[:, index].tolist()),
+            noise=float(self._noise[index]),
+            error=float(self._error[index]),
+        )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fedinfer.encrypted.chain import Chain, chains, missing_bits
+from fedinfer.encrypted.chain import Chain, Chains
 from fedinfer.encrypted.costs import Costs
 from fedinfer.encrypted.frames import packed_bytes
 from fedinfer.encrypted.graph import Affine, Input, Product, Value, in_order
@@ -12,24 +12,29 @@ from fedinfer.encrypted.search import Packing, Search
 from fedinfer.errors import CompileError
 
 DEGREES = (2048, 4096, 8192, 16384, 32768)
-# Chains whose layouts are searched: the cheapest by their levels alone, at the least degrees that fit.
+# Chains at one degree whose layouts are searched: the cheapest by their levels, and not much more than the cheapest.
 PRICED = 6
-PRICED_DEGREES = 2
+MAX_EFFORT = 1.5
+# What a byte of a key costs in microseconds, for it is sent once, and the share of the budget that a search may use.
+# The beam keeps what is fast; where that leaves no room for later keys, the later pairs make small keys count for more.
+KEY_US_AND_SHARE = ((2e-4, 1.0), (4e-3, 1.0), (8e-2, 1.0), (8e-2, 0.6), (8e-2, 0.35))
 # What a byte of a query costs a server that has thousands of rows to read, in microseconds.
 READ_US = 2e-3
 
 
 def choose(
-    output: Value, depths: Mapping[Value, int], precision: float, budget: int, *, wide: bool
-) -> tuple[Chain, Packing | None]:
+    output: Value, depths: Mapping[Value, int], chains: Chains, *, precision: float, budget: int, wide: bool,
+    known: dict[object, Gathered | None],
+) -> tuple[Chain, Packing | None]:  # fmt: skip
     """The cheapest chain with its packing, or without one if every element has a ciphertext (`wide`).
 
+    `known` keeps what was gathered for searches to come.
     Raises: CompileError naming the layer for a depth that fits no ring, or for which no packing fits.
     """
-    found = chains(output, depths, precision=precision, degrees=DEGREES, wide=wide)
+    found = chains.within(precision)
     if not found:
         layer = max((v for v in depths if not isinstance(v, Input)), key=lambda v: depths[v]).name
-        missing = missing_bits(output, depths)
+        missing = chains.missing_bits()
         if missing is None:
             raise CompileError(f"layer {layer}: no chain of primes gives a precision of {precision:.1g}; ask for less")
         raise CompileError(
@@ -38,7 +43,7 @@ def choose(
         )
     if wide:
         return min(found, key=lambda chain: _wide_us(output, depths, chain)), None
-    return _packed(output, depths, found, budget)
+    return _packed(output, depths, found, budget, known)
 
 
 def _wide_us(output: Value, depths: Mapping[Value, int], chain: Chain) -> float:
@@ -58,23 +63,25 @@ def _wide_us(output: Value, depths: Mapping[Value, int], chain: Chain) -> float:
     return total / parameters.slots
 
 
-def _packed(output: Value, depths: Mapping[Value, int], found: list[Chain], budget: int) -> tuple[Chain, Packing]:
+def _packed(
+    output: Value, depths: Mapping[Value, int], found: list[Chain], budget: int, known: dict[object, Gathered | None]
+) -> tuple[Chain, Packing]:
     best: tuple[float, Chain, Packing] | None = None
     failure: CompileError | None = None
-    tried: set[int] = set()
-    known: dict[object, Gathered | None] = {}
-    for degree in DEGREES:
-        for chain in [c for c in found if c.parameters.degree == degree][:PRICED]:
+    for degree in sorted({chain.parameters.degree for chain in found}):
+        if best is not None and degree >= 16384:
+            break
+        here = [chain for chain in found if chain.parameters.degree == degree]
+        for chain in here[:PRICED]:
+            if chain.effort[1] > MAX_EFFORT * here[0].effort[1]:
+                break
             try:
                 packing = _pack(output, depths, chain, budget, known)
             except CompileError as error:
                 failure = error
                 continue
-            tried.add(degree)
             if best is None or packing.cost_us < best[0]:
                 best = (packing.cost_us, chain, packing)
-        if len(tried) >= PRICED_DEGREES or (best is not None and degree >= 16384):
-            break
     if best is None:
         assert failure is not None
         raise failure
@@ -93,16 +100,25 @@ def _pack(
         level: KeyPlan(relinearisation=level, rotations=()).size_bytes(parameters)
         for level in range(1, parameters.levels + 1)
     }
-    search = Search(
-        output,
-        {value: (chain.before[depth], chain.after[depth]) for value, depth in depths.items()},
-        degree=parameters.degree,
-        key_bytes=size,
-        query_bytes=packed_bytes(parameters.primes[: parameters.levels], parameters.degree),
-        key_budget_bytes=budget if parameters.special else 0,
-        known=known,
-    )
-    packing = search.best()
-    if not parameters.special and any(isinstance(value, Product) for value in depths):
+    products = [chain.before[depth] for value, depth in depths.items() if isinstance(value, Product)]
+    if not parameters.special and products:
         raise CompileError("a product needs a key-switching prime")
-    return packing
+    room = budget - size.get(max(products, default=0), 0) if parameters.special else 0
+    for key_us, share in KEY_US_AND_SHARE:
+        search = Search(
+            output,
+            {value: (chain.before[depth], chain.after[depth]) for value, depth in depths.items()},
+            degree=parameters.degree,
+            key_bytes=size,
+            query_bytes=packed_bytes(parameters.primes[: parameters.levels], parameters.degree),
+            key_budget_bytes=int(room * share),
+            key_us=key_us,
+            known=known,
+        )
+        try:
+            return search.best()
+        except CompileError as error:
+            failure = error
+            if not parameters.special:
+                break
+    raise failure

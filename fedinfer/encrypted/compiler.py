@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedinfer.encrypted.capture import capture
-from fedinfer.encrypted.choosing import choose
+from fedinfer.encrypted.chain import Chains
+from fedinfer.encrypted.choosing import DEGREES, choose
 from fedinfer.encrypted.compiled import Compiled
 from fedinfer.encrypted.graph import run
 from fedinfer.encrypted.lowering import lower
-from fedinfer.encrypted.packing import power_of_two
+from fedinfer.encrypted.packing import Gathered, power_of_two
 from fedinfer.encrypted.search import depth_of
 from fedinfer.errors import BadUsage, CompileError
 
@@ -28,8 +29,10 @@ Objective = Literal["latency", "throughput"]
 MAX_DISAGREEMENT = 1e-3
 # Calibration rows that the noise of a new circuit is measured on, and how often a chain may be chosen again.
 MEASURED = 32
-ATTEMPTS = 4
+ATTEMPTS = 6
 MAX_SLOTS = 1 << 14
+# Five deviations of a sum of uniform numbers, half of them halved, over their largest value.
+UNIFORM_TAIL = 2.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ class StatisticalFlooding:
         if not 1 <= self.bits <= 30:
             raise BadUsage(f"flooding: got {self.bits} bits, expected 1 to 30")
 
+    def growth(self, outputs: int) -> float:
+        """How much larger than the circuit's own an output's noise is: each of its coefficients is flooded alike."""
+        return 2.0**self.bits * min(outputs, UNIFORM_TAIL * math.sqrt(outputs + 1))
+
 
 CircuitPrivacy = Literal["rerandomised"] | StatisticalFlooding
 
@@ -52,7 +59,7 @@ def compile_model(
     *,
     calibration: torch.Tensor | tuple[torch.Tensor, ...],
     objective: Objective = "latency",
-    precision: float = 1e-3,
+    precision: float = 2e-3,
     activation_degree: int = 4,
     key_budget_mb: float = 64.0,
     circuit_privacy: CircuitPrivacy = "rerandomised",
@@ -79,32 +86,38 @@ def compile_model(
     _check(examples, rows)
     captured = capture(net, examples, rows, degree=activation_degree)
     output = captured.output
-    # How much larger than the circuit's own noise an output's may be: each of its coefficients is flooded alike.
     flooding = 1.0
     if isinstance(circuit_privacy, StatisticalFlooding):
-        flooding = 2.0**circuit_privacy.bits * math.sqrt(MAX_SLOTS if wide else power_of_two(output.size))
+        flooding = circuit_privacy.growth(MAX_SLOTS if wide else power_of_two(output.size))
     allowed = precision * max(output.bound, 1e-6)
     target = allowed
     arguments = [row.double().reshape(len(row), -1).numpy() for row in rows]
     with torch.no_grad():
         plain = copy.deepcopy(net).double().eval()(*(row.double() for row in rows)).reshape(len(rows[0]), -1).numpy()
+    known: dict[object, Gathered | None] = {}
     depths, few = depth_of(output), [row[:MEASURED] for row in arguments]
+    chains = Chains(output, depths, flooding=flooding, degrees=DEGREES, wide=wide)
     for _ in range(ATTEMPTS):
-        chain, packing = choose(output, depths, target / flooding, int(key_budget_mb * 1e6), wide=wide)
-        public, private = lower(output, depths, chain, packing, captured.input_shapes, flooding, about or {})
+        chain, packing = choose(
+            output, depths, chains, precision=target, budget=int(key_budget_mb * 1e6), wide=wide, known=known
+        )
+        public, private = lower(output, depths, chain, packing, captured.input_shapes, about or {})
         compiled = Compiled(public=public, private=private, rows=tuple(arguments))
         noise = float(np.abs(compiled.simulate(few, noise=0) - run(output, few)).max())
-        if noise <= allowed:
+        # What was measured once is stated twice as large.
+        if 2 * noise <= (allowed if flooding == 1.0 else min(allowed, 2 * math.hypot(chain.noise, chain.error))):
             break
         # The model of the noise was too kind to this network.
-        target *= allowed / noise / 2
+        target *= 0.9 * min(1.0, allowed / (2 * noise))
     else:
-        raise CompileError(f"precision: got errors of {noise:.2g}, expected {allowed:.2g}; ask for less")
+        raise CompileError(f"precision: got errors of {2 * noise:.2g}, expected {allowed:.2g}; ask for less")
     fit = float(np.abs(run(output, arguments) - plain).max())
     public = replace(public, error=max(public.error, 2 * noise), approximation=fit)
     if not accept_disagreement:
         _refuse_disagreement(run(output, arguments), plain, public.error)
-    return replace(compiled, public=public)
+    if isinstance(circuit_privacy, StatisticalFlooding):
+        private = replace(private, flood=chain.noise * 2.0**circuit_privacy.bits * public.scale)
+    return replace(compiled, public=public, private=private)
 
 
 def _decisions(outputs: Floats) -> tuple[NDArray[np.int64], Floats]:

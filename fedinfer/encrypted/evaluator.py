@@ -39,6 +39,13 @@ class Term:
     plain: int
 
 
+def chain_step(giants: Sequence[int]) -> int | None:
+    """The step that reaches sorted giant steps one after the other, if they are its multiples without a gap."""
+    if len(giants) > 1 and all(giant == giants[0] * (k + 1) for k, giant in enumerate(giants)):
+        return giants[0]
+    return None
+
+
 class Evaluator:
     """Arithmetic under one client's keys, which are (digits, 2, primes, N): `rotations` by steps, one to relinearise.
 
@@ -86,12 +93,18 @@ class Evaluator:
     ) -> Residues:
         chosen = self._ring.chosen(level, special=True)
         total = self._zeros(level)
-        for giant in sorted({term.giant for term in terms}):
-            part = total if giant == 0 else self._zeros(level)
+        giants = sorted({term.giant for term in terms} - {0})
+        step = chain_step(giants)
+        for giant in [*reversed(giants), 0]:
+            if step is not None and giant < giants[-1]:
+                # One key for all: what was summed so far turns by a step, and the next sum is added to it.
+                inner, total = self._divide_special(total), self._zeros(level)
+                self._turn(inner, self._digits(inner[1]), step, total)
+            part = total if giant == 0 or step is not None else self._zeros(level)
             for term in terms:
                 if term.giant == giant:
                     kernels.weigh(part, turned[term.source, term.baby], plains[term.plain], chosen, self._ring.p)
-            if giant:
+            if part is not total:
                 inner = self._divide_special(part)
                 self._turn(inner, self._digits(inner[1]), giant, total)
         return self._divide_special(total)

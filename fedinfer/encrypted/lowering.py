@@ -4,7 +4,6 @@ Scales are followed exactly: a map's plaintexts take whatever scale brings their
 wants, so nothing drifts, and a source from further up is brought down by a whole factor.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ Aligned = Mapping[Value, tuple[int, float]]
 
 def lower(
     output: Value, depths: Mapping[Value, int], chain: Chain, packing: Packing | None,
-    shapes: Sequence[tuple[int, ...]], flooding: float, about: Mapping[str, Any],
+    shapes: Sequence[tuple[int, ...]], about: Mapping[str, Any],
 ) -> tuple[PublicCircuit, PrivateCircuit]:  # fmt: skip
     """The circuit of `output`: packed into slots, or without a packing one ciphertext an element and a row a slot."""
     parameters = chain.parameters
@@ -86,11 +85,10 @@ def lower(
         classes=parameters.slots if packed is None else packed.period,
         answers=output.size if packed is None else len(packed.gathered),
         scale=final,
-        error=chain.error * flooding,
+        error=chain.error,
         about=about,
     )
-    flood = chain.error * flooding / math.sqrt(public.classes) * final if flooding > 1 else 0.0
-    return public, PrivateCircuit(steps=tuple(steps), flood=flood)
+    return public, PrivateCircuit(steps=tuple(steps), flood=0.0)
 
 
 def _ratio(packed: PackedMap, packing: Packing, output: Value, slots: int) -> float:

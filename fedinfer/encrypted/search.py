@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from fedinfer.encrypted.costs import Costs
+from fedinfer.encrypted.evaluator import chain_step
 from fedinfer.encrypted.graph import Affine, Input, Product, Value, in_order, sources_of
 from fedinfer.encrypted.packing import (
     EMPTY,
@@ -30,8 +31,7 @@ from fedinfer.errors import CompileError
 BEAM = 6
 RADICES = (2, 4, 8)
 MAX_REPEATS = 64
-# What a key and a query cost in microseconds a byte: keys are sent once, a query every time.
-KEY_US = 2e-4
+# What a query costs in microseconds a byte, which is sent every time.
 QUERY_US = 1e-2
 
 
@@ -55,8 +55,12 @@ class PackedMap:
 
     @property
     def steps(self) -> set[int]:
-        """Rotations of the gathering."""
-        turned = {shift % self.split for shift in self.shifts} | {s - s % self.split for s in self.shifts}
+        """Rotations of the gathering that need a key."""
+        turned = {shift % self.split for shift in self.shifts}
+        for part in self.gathered:
+            giants = sorted({shift - shift % self.split for shift in part.shifts} - {0})
+            step = chain_step(giants)
+            turned |= {step} if step is not None else set(giants)
         return turned - {0}
 
 
@@ -88,11 +92,12 @@ class Search:
 
     def __init__(
         self, output: Value, levels: Mapping[Value, tuple[int, int]], *, degree: int, key_bytes: Mapping[int, int],
-        query_bytes: int, key_budget_bytes: int, known: dict[object, Gathered | None],
+        query_bytes: int, key_budget_bytes: int, key_us: float, known: dict[object, Gathered | None],
     ) -> None:  # fmt: skip
         self._output, self._levels = output, levels
         self._slots, self._costs = degree // 2, Costs(degree=degree)
         self._key_bytes, self._query_bytes, self._budget = key_bytes, query_bytes, key_budget_bytes
+        self._key_us = key_us
         self._order = in_order(output)
         self._partner: dict[Value, Value] = {}
         for value in self._order:
@@ -177,7 +182,7 @@ class Search:
                 before = sum(self._key_bytes[at] for at in state.keys.values())
                 if size > self._budget:
                     continue
-                cost = self._cost(packed, level, lower) + fresh + (size - before) * KEY_US
+                cost = self._cost(packed, level, lower) + fresh + (size - before) * self._key_us
                 yield Packing(
                     layouts={**layouts, value: layout}, maps={**state.maps, value: packed}, keys=keys,
                     cost_us=state.cost_us + cost,
@@ -211,15 +216,15 @@ class Search:
         options: dict[int, tuple[int, int]] = {}
         spread = np.array(shifts)
         unit = int(np.gcd.reduce(spread)) if spread.any() else 1
-        steps = {unit * k for k in range(2, 33)} | {1 << k for k in range(1, 16)}
+        steps = {unit * k for k in range(1, 33)} | {1 << k for k in range(1, 16)}
         for split in steps:
             babies = len(set((spread % split).tolist()) - {0})
             giants = len(set((spread - spread % split).tolist()) - {0})
-            if babies and giants:
+            if giants:
                 options[split] = (babies, giants)
         best = sorted(options, key=lambda split: options[split][0] + 2 * options[split][1])[:3]
         fewest = sorted(options, key=lambda split: sum(options[split]))[:1]
-        return [1 << 30, *dict.fromkeys(best + fewest)]
+        return list(dict.fromkeys([1 << 30, *best, *fewest, unit]))
 
     def _gather(
         self, value: Affine, matrices: Sequence[sp.csr_matrix], layouts: Sequence[Layout], rows: Places,

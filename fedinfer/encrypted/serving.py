@@ -19,7 +19,7 @@ def public_rows(width: int) -> torch.Tensor:
 
 
 def compile_served(
-    model: Model, *, objective: Objective = "latency", precision: float = 1e-3,
+    model: Model, *, objective: Objective = "latency", precision: float = 2e-3,
     circuit_privacy: CircuitPrivacy = "rerandomised",
 ) -> Compiled:  # fmt: skip
     """Compile `model`; the circuit carries its schema, labels and threshold for the client.

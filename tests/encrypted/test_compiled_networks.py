@@ -146,7 +146,7 @@ def test_features_that_do_not_fit_are_refused() -> None:
         client.encrypt(np.zeros((1, 31)))
     with pytest.raises(NonFinite):
         client.encrypt(np.full((1, 30), np.nan))
-    with pytest.raises(EncryptedError, match=r"got \[0\] rows"):
+    with pytest.raises(EncryptedError, match="got 0 rows"):
         client.encrypt(np.zeros((0, 30)))
     with pytest.raises(EncryptedError, match="outside the circuit's range"):
         client.encrypt(np.full((1, 30), 1e6))
