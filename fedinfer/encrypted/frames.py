@@ -1,5 +1,6 @@
 """Keys, queries and answers on the wire: frames of a few parts, bound to one circuit by its digest."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,16 @@ MAX_ANSWER_BYTES = 1 << 25
 
 def join(kind: Kind, digest: str, parts: Sequence[bytes], *, rows: int = 1) -> bytes:
     """One frame of `parts` for the circuit of `digest`; a query and its answer say of how many rows they are."""
-    header = {"circuit": digest, "rows": rows, "sizes": [len(part) for part in parts]}
-    return encode(Frame(kind=kind, header=header, body=b"".join(parts)))
+    body, sizes = b"".join(parts), [len(part) for part in parts]
+    header = {"circuit": digest, "rows": rows, "sizes": sizes, "sha256": _checksum(digest, rows, sizes, body)}
+    return encode(Frame(kind=kind, header=header, body=body))
+
+
+def _checksum(digest: str, rows: int, sizes: Sequence[int], body: bytes) -> str:
+    """Against damage on the way, not against an enemy, who can compute it too."""
+    found = hashlib.sha256(f"{digest} {rows} {sizes}".encode())
+    found.update(body)
+    return found.hexdigest()
 
 
 def split(data: bytes, kind: Kind, digest: str, *, max_bytes: int, max_parts: int) -> list[bytes]:
@@ -42,6 +51,8 @@ def split_rows(data: bytes, kind: Kind, digest: str, *, max_bytes: int, max_part
         or rows < 1
     ):
         raise WireError(f"{kind.name.lower()}: got sizes that do not fit, expected 1 to {max_parts} parts")
+    if frame.header.get("sha256") != _checksum(digest, rows, sizes, frame.body):
+        raise WireError(f"{kind.name.lower()}: got bytes that changed on the way, expected another checksum")
     parts, start = [], 0
     for size in sizes:
         parts.append(frame.body[start : start + size])

@@ -3,6 +3,8 @@
 import functools
 import pickle
 import random
+import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -151,27 +153,62 @@ def test_keys_that_are_not_whole_are_refused() -> None:
             engine.open(join(Kind.EVALUATION_KEYS, digest, wrong))
 
 
-@pytest.mark.parametrize(("kind", "count"), [("query", 6000), ("keys", 2000), ("answer", 2000)])
-def test_mutated_frames_give_a_typed_error_or_an_answer_never_a_crash(kind: str, count: int) -> None:
+KINDS = {"query": Kind.QUERY, "keys": Kind.EVALUATION_KEYS, "answer": Kind.ANSWER}
+
+
+def messages(kind: str) -> tuple[bytes, Callable[[bytes], object]]:
+    """A message and who reads it."""
     client, session = opened()
-    engine = EncryptedEngine(compiled())
     query = client.encrypt(np.zeros((1, 6)))
-    message = {"query": query, "keys": client.evaluation_keys(), "answer": session.run(query)}[kind]
-    read = {"query": session.run, "keys": engine.open, "answer": client.decrypt}[kind]
+    readers = {"query": session.run, "keys": EncryptedEngine(compiled(), workers=1).open, "answer": client.decrypt}
+    made = {"query": query, "keys": client.evaluation_keys(), "answer": session.run(query)}
+    return made[kind], readers[kind]
+
+
+def mutant(message: bytes, generator: random.Random) -> bytes:
+    """The message with a few bytes changed, near its start or anywhere, or cut, or longer."""
+    out = bytearray(message)
+    for _ in range(generator.choice([1, 2, 8])):
+        reach = generator.choice([40, 300, len(out)])
+        out[generator.randrange(min(len(out), reach))] = generator.randrange(256)
+    if generator.random() < 0.2:
+        del out[generator.randrange(len(out)) :]
+    return bytes(out + bytes(generator.randrange(64))) if generator.random() < 0.1 else bytes(out)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("query", 6000), ("keys", 2000), ("answer", 2000)])
+def test_every_mutated_frame_is_a_typed_error(kind: str, count: int) -> None:
+    message, read = messages(kind)
     generator = random.Random(5)
-    refused = 0
     for _ in range(count):
-        mutant = bytearray(message)
-        for _ in range(generator.choice([1, 2, 8])):
-            reach = generator.choice([40, 300, len(mutant)])
-            mutant[generator.randrange(min(len(mutant), reach))] = generator.randrange(256)
-        if generator.random() < 0.2:
-            del mutant[generator.randrange(len(mutant)) :]
+        changed = mutant(message, generator)
+        if changed != message:
+            with pytest.raises(FedinferError):
+                read(changed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hostile_frame_with_a_right_checksum_is_an_error_or_an_answer_in_bounded_memory(kind: str) -> None:
+    message, read = messages(kind)
+    digest = compiled().public.digest
+    (part, *_) = split(message, KINDS[kind], digest, max_bytes=1 << 26, max_parts=99)
+    rest = split(message, KINDS[kind], digest, max_bytes=1 << 26, max_parts=99)[1:]
+    generator = random.Random(7)
+    refused = 0
+    tracemalloc.start()
+    for _ in range(400):
         try:
-            read(bytes(mutant))
+            read(
+                join(
+                    KINDS[kind], digest, [mutant(part, generator), *rest], rows=generator.choice([1, 1, 1, 2, 1 << 40])
+                )
+            )
         except FedinferError:
             refused += 1
-    assert refused > count / 2
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert refused > 100
+    assert peak < 1 << 24
 
 
 def test_what_is_released_is_noisy_and_rounded() -> None:
