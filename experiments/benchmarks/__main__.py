@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from experiments.benchmarks import rounds
+from experiments.benchmarks import encrypted, rounds
 
 
 def main() -> None:
@@ -12,11 +12,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="each at most a minute")
     parser.add_argument("--json", type=Path, help="a folder for one JSON file each")
     options = parser.parse_args()
-    arguments = ["--quick"] if options.quick else []
     if options.json:
         options.json.mkdir(parents=True, exist_ok=True)
-        arguments += ["--json", str(options.json / "rounds.json")]
-    rounds.main(arguments)
+    for name, benchmark in (("rounds", rounds), ("encrypted", encrypted)):
+        arguments = ["--quick"] if options.quick else []
+        if options.json:
+            arguments += ["--json", str(options.json / f"{name}.json")]
+        benchmark.main(arguments)
 
 
 if __name__ == "__main__":

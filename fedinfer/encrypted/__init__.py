@@ -6,6 +6,7 @@ from fedinfer.encrypted.compiled import Compiled
 from fedinfer.encrypted.compiler import StatisticalFlooding, compile_model
 from fedinfer.encrypted.engine import EncryptedEngine, EncryptedSession
 from fedinfer.encrypted.explain import Explanation
+from fedinfer.encrypted.finetune import finetune, polynomial_activations
 from fedinfer.encrypted.key_store import load_keys, save_keys
 from fedinfer.encrypted.serving import compile_served
 
@@ -19,6 +20,8 @@ __all__ = [
     "StatisticalFlooding",
     "compile_model",
     "compile_served",
+    "finetune",
     "load_keys",
+    "polynomial_activations",
     "save_keys",
 ]
