@@ -37,9 +37,10 @@ from fedinfer.arrays import flatten, unflatten
 from fedinfer.cli.console import note, show_table
 from fedinfer.data import Number, Schema, encode, heart_rows, heart_schema, stratified_quarters
 from fedinfer.encrypted import EncryptedClient, EncryptedEngine, compile_model
-from fedinfer.encrypted.capture import capture
+from fedinfer.encrypted.capture import Approximation, capture
 from fedinfer.encrypted.finetune import finetune, polynomial_activations
 from fedinfer.encrypted.graph import run
+from fedinfer.encrypted.polynomials import minimax
 from fedinfer.errors import BadUsage
 from fedinfer.inference import unsafe_auc
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient, os_noise
@@ -191,9 +192,9 @@ def score(outputs: Floats, rows: Rows) -> float:
 
 
 # %% Polynomials: the compiler's fit, our start, fine-tuned
-def minimax(net: nn.Module, rows: Rows, degree: int) -> Floats:
-    """The outputs of the graph that the compiler makes of the ReLU network itself."""
-    captured = capture(net, (rows.train_x[:1],), (rows.calibration,), degree=degree)
+def at_once(net: nn.Module, rows: Rows, degree: int) -> Floats:
+    """The outputs of the graph that the compiler makes of the ReLU network itself, by minimax."""
+    captured = capture(net, (rows.train_x[:1],), (rows.calibration,), Approximation(degree=degree, fit=minimax))
     return run(captured.output, [rows.test_x.double().flatten(1).numpy()])
 
 
@@ -270,7 +271,7 @@ def digits(network: Network, seeds: Sequence[int], degrees: Sequence[int], *, en
         longer = train(net, rows, epochs=network.tune_epochs, rate=network.tune_rate / 2, seed=seed)
         scores["ReLU, trained on"].append(score(answers(longer, rows.test_x), rows))
         for degree in degrees:
-            scores[f"minimax {degree}"].append(score(minimax(net, rows, degree), rows))
+            scores[f"minimax {degree}"].append(score(at_once(net, rows, degree), rows))
             start, tuned = polynomials(network, net, rows, degree=degree, seed=seed)
             scores[f"least squares {degree}"].append(score(answers(start, rows.test_x), rows))
             scores[f"fine-tuned {degree}"].append(score(answers(tuned, rows.test_x), rows))
@@ -333,7 +334,7 @@ def heart_disease(seeds: Sequence[int], *, encrypted_rows: int) -> dict[str, Any
         start, tuned = polynomials(network, net, rows, degree=2, seed=seed)
         scores["ReLU"].append(score(answers(net, rows.test_x), rows))
         scores["ReLU, trained on"].append(score(answers(longer, rows.test_x), rows))
-        scores["minimax 2"].append(score(minimax(net, rows, 2), rows))
+        scores["minimax 2"].append(score(at_once(net, rows, 2), rows))
         scores["least squares 2"].append(score(answers(start, rows.test_x), rows))
         scores["fine-tuned 2"].append(score(answers(tuned, rows.test_x), rows))
         for name, private in private_networks(network.fresh(seed), rows, public).items():

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedinfer.encrypted.graph import Affine, Input, Value, affine, polynomial, product
-from fedinfer.encrypted.polynomials import ACTIVATIONS, fit
+from fedinfer.encrypted.polynomials import ACTIVATIONS, Fit
 from fedinfer.errors import CompileError
 
 Floats = NDArray[np.float64]
@@ -121,6 +121,14 @@ class Symbol:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Approximation:
+    """How an activation becomes a polynomial: its degree, and the fit to the values on the calibration data."""
+
+    degree: int
+    fit: Fit
+
+
+@dataclass(frozen=True, kw_only=True)
 class Captured:
     """The graph of a network: its output and how many inputs it has, each with its shape for one example."""
 
@@ -129,7 +137,7 @@ class Captured:
 
 
 def capture(
-    net: nn.Module, example: Sequence[torch.Tensor], calibration: Sequence[torch.Tensor], *, degree: int
+    net: nn.Module, example: Sequence[torch.Tensor], calibration: Sequence[torch.Tensor], approximation: Approximation
 ) -> Captured:
     """Take `net` apart. `example` has a batch axis of one; `calibration` rows show what values to expect.
 
@@ -155,7 +163,7 @@ def capture(
             found[node] = Symbol(base=value, shape=shape)
             count += 1
         elif node.op == "call_function":
-            found[node] = _call(node, found, degree)
+            found[node] = _call(node, found, approximation)
         elif node.op == "output":
             (result,) = node.args
             outputs = result if isinstance(result, (tuple, list)) else (result,)
@@ -179,7 +187,7 @@ def _layer(node: torch.fx.Node) -> str:
     return f"{path[-1].removeprefix('L__self___')}" if path else str(node.name)
 
 
-def _call(node: torch.fx.Node, found: dict[torch.fx.Node, Any], degree: int) -> Any:
+def _call(node: torch.fx.Node, found: dict[torch.fx.Node, Any], approximation: Approximation) -> Any:
     target: Any = node.target
     operation = target.__name__ if target is operator.getitem else str(target._schema.name).split("::")[-1]
     kind = operation.rstrip("_")
@@ -196,7 +204,7 @@ def _call(node: torch.fx.Node, found: dict[torch.fx.Node, Any], degree: int) -> 
     if kind in ("square", "pow") or (kind == "mul" and len(symbols) == 2):
         return _multiply(kind, values[0], name)
     if kind in ACTIVATIONS:
-        return _activate(kind, symbols[0], values, name, degree)
+        return _activate(kind, symbols[0], values, name, approximation)
     if kind == "div" and isinstance(values[0][1], Symbol):
         raise CompileError(f"layer {name}: got a division by an encrypted value, expected one by a constant")
     if kind in ("matmul", "bmm", "mm", "einsum", "linear") and len(symbols) > 1:
@@ -252,12 +260,11 @@ def _spread(value: Value, shape: tuple[int, ...], target: tuple[int, ...], name:
     return affine([(value, matrix)], np.zeros(len(index)), shape=target[1:], name=name)
 
 
-def _activate(kind: str, x: Symbol, values: Any, name: str, degree: int) -> Symbol:
+def _activate(kind: str, x: Symbol, values: Any, name: str, approximation: Approximation) -> Symbol:
     base = x.value(name)
     extra = [value for value in values[0][1:] if isinstance(value, (int, float))]
     function = ACTIVATIONS[kind]
-    low, high = float(base.rows.min()), float(base.rows.max())
-    coefficients = fit(lambda points: function(points, *extra), low, high, degree=degree)
+    coefficients = approximation.fit(lambda points: function(points, *extra), base.rows, approximation.degree)
     return Symbol(base=base, shape=x.shape, coefficients=tuple(float(c) for c in coefficients), layer=name)
 
 

@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedinfer.encrypted.capture import capture
+from fedinfer.encrypted.capture import Approximation, capture
 from fedinfer.encrypted.chain import Chains
 from fedinfer.encrypted.choosing import DEGREES, choose
 from fedinfer.encrypted.compiled import Compiled
 from fedinfer.encrypted.graph import run
 from fedinfer.encrypted.lowering import lower
 from fedinfer.encrypted.packing import Gathered, power_of_two
+from fedinfer.encrypted.polynomials import Fit, least_squares
 from fedinfer.encrypted.search import depth_of
 from fedinfer.errors import BadUsage, CompileError
 
@@ -28,7 +29,7 @@ Floats = NDArray[np.float64]
 Objective = Literal["latency", "throughput"]
 MAX_DISAGREEMENT = 1e-3
 # Calibration rows that the noise of a new circuit is measured on, and how often a chain may be chosen again.
-MEASURED = 32
+MEASURED = 128
 ATTEMPTS = 6
 MAX_SLOTS = 1 << 14
 # Five deviations of a sum of uniform numbers, half of them halved, over their largest value.
@@ -61,6 +62,7 @@ def compile_model(
     objective: Objective = "latency",
     precision: float = 2e-3,
     activation_degree: int = 4,
+    activation_fit: Fit = least_squares,
     key_budget_mb: float = 64.0,
     circuit_privacy: CircuitPrivacy = "rerandomised",
     about: Mapping[str, Any] | None = None,
@@ -71,7 +73,8 @@ def compile_model(
     `example` has a batch axis of one (a tuple for several inputs); `calibration` (n, ...) shows the values to expect:
     use public data, or treat what it reveals as released. `objective` "latency" answers one row soonest, "throughput"
     thousands of rows of one client in the least time a row. `precision` is the largest error of an output as a share
-    of the largest output on the calibration data.
+    of the largest output on the calibration data. Activations become polynomials of `activation_degree` by
+    `activation_fit` (`polynomials.least_squares` or `polynomials.minimax`).
 
     Guarantees: 128-bit parameters; an answer's slots that are not outputs are empty; the circuit agrees in its decision
     with the network on the calibration data, but for one row in a thousand whose margin is above the stated error.
@@ -84,7 +87,7 @@ def compile_model(
     examples = example if isinstance(example, tuple) else (example,)
     rows = calibration if isinstance(calibration, tuple) else (calibration,)
     _check(examples, rows)
-    captured = capture(net, examples, rows, degree=activation_degree)
+    captured = capture(net, examples, rows, Approximation(degree=activation_degree, fit=activation_fit))
     output = captured.output
     flooding = 1.0
     if isinstance(circuit_privacy, StatisticalFlooding):

@@ -10,10 +10,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from fedinfer.encrypted import EncryptedClient, EncryptedEngine, compile_model
-from fedinfer.encrypted.capture import capture
+from fedinfer.encrypted.capture import Approximation, capture
 from fedinfer.encrypted.clear import InsecureClear
 from fedinfer.encrypted.finetune import ELEMENTWISE, Polynomial, finetune, polynomial_activations
 from fedinfer.encrypted.graph import Product, Value, sources_of
+from fedinfer.encrypted.polynomials import minimax
 from fedinfer.errors import BadUsage, CompileError, NonFinite
 from fedinfer.privacy import clipped_gradient
 
@@ -69,7 +70,7 @@ def depth(value: Value) -> int:
 def test_the_compiler_sees_one_polynomial_of_least_depth(degree: int, levels: int) -> None:
     x = rows(64, 6)
     net = polynomial_activations(small(nn.ReLU()), calibration=x, degree=degree)
-    captured = capture(net, (x[:1],), (x,), degree=1)
+    captured = capture(net, (x[:1],), (x,), Approximation(degree=1, fit=minimax))
     assert depth(captured.output) == levels
     np.testing.assert_allclose(captured.output.rows, net(x).detach().numpy(), atol=1e-5)
 
