@@ -108,11 +108,11 @@ class Device:
         )
 
     def step(self, task: StepTask) -> StepReply:
-        """Answer one round: reserve in the ledger, then touch the rows, then commit.
+        """Answer one round: reserve in the ledger, then use the rows, then commit.
 
         Guarantees: without `public_data` nothing leaves but a release of the task's plan, charged to the ledger on
-        disk before a row is read for it.
-        Raises: BudgetExceeded, UnprotectedRefused or SchemaError before any row is read.
+        disk before a row is used for it.
+        Raises: BudgetExceeded, UnprotectedRefused or SchemaError before any row is used.
         """
         if task.schema_digest != self._schema_digest or task.spec.inputs != self._width:
             raise SchemaError(

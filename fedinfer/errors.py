@@ -9,7 +9,7 @@
     ├── ShapeMismatch             arrays that do not fit together
     ├── NonFinite                 NaN or infinity where a number is needed
     ├── PrivacyError
-    │   ├── BudgetExceeded        the ledger refuses; nothing was read, nothing was spent
+    │   ├── BudgetExceeded        the ledger refuses; nothing was released, nothing was spent
     │   ├── LedgerError           the ledger file is missing, corrupt or does not verify
     │   └── UnprotectedRefused    a server asked for a release without a privacy plan
     ├── WireError                 bytes that are not a message of ours
@@ -68,7 +68,7 @@ class PrivacyError(FedinferError):
 
 
 class BudgetExceeded(PrivacyError):
-    """The ledger refuses the release: nothing was read and nothing was spent."""
+    """The ledger refuses the release: nothing left the device and nothing was spent."""
 
 
 class LedgerError(PrivacyError):

@@ -1,6 +1,7 @@
 """Imports point down, and the big dependencies have owners."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +120,15 @@ def test_nothing_needs_a_place_outside_the_project() -> None:
         if word in path.read_text(encoding="utf-8")
     ]
     assert named == []
+
+
+def test_files_named_in_comments_exist() -> None:
+    name = re.compile(r"\b(?:fedinfer|clients|server|experiments|tests)/[\w/]+\.py\b")
+    missing = [
+        f"{path}: {found}"
+        for folder in ("fedinfer", "clients", "server", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+        for found in name.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT / found).exists()
+    ]
+    assert missing == []

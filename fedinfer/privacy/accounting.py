@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from fedinfer.errors import BadUsage
 
-# Halving it moves ε by less than 1e-4 for the plans in use (tests/privacy/test_accounting.py).
+# Halving it moves ε by less than 1e-4 for the plans in use (tests/privacy/test_plan_and_noise.py).
 INTERVAL = 1e-3
 
 

@@ -1,6 +1,6 @@
 """The privacy ledger: on the data holder's disk, what was promised and what was released.
 
-A release is reserved (and on disk) before data are touched, and committed after it left. A crash in between leaves it
+A release is reserved (and on disk) before rows are used, and committed after it left. A crash in between leaves it
 spent. The ledger is an append-only list of entries in SQLite, each with the hash of the one before.
 
 A plan that is fixed in advance is charged whole, at its first release. Plans compose by adding their ε and their δ,
@@ -186,7 +186,7 @@ class PrivacyLedger:
         self.close()
 
     def reserve(self, *, run: str, round: int, plan: Charge, void: bool = False) -> Reservation:
-        """Write one release of `plan` to disk as spent, before any data are touched.
+        """Write one release of `plan` to disk as spent, before any row is used for it.
 
         Guarantees: after it returns, no crash can lose it; after it raises, nothing was written. Reservations of a
         run never exceed the plan's steps, and the charges of all runs never exceed the budget, in ε and in δ.
@@ -299,7 +299,7 @@ class PrivacyLedger:
             if spent + asked > budget[name] * (1.0 + SLACK):
                 raise BudgetExceeded(
                     f"{name}: got a plan of {asked:.6g} with {spent:.6g} of {budget[name]:.6g} spent in "
-                    f"{self._name}; nothing was read or spent. The data holder decides whether to enrol anew"
+                    f"{self._name}; nothing was released or spent. The data holder decides whether to enrol anew"
                 )
         return epsilon
 

@@ -33,9 +33,13 @@ class NoiseStream:
         return self._cipher.update(bytes(size_bytes))
 
     def uniform(self, count: int) -> Floats:
-        """`count` numbers of 53 bits, uniform in (0, 1): never 0 and never 1."""
-        words = np.frombuffer(self.take(8 * count), "<u8") >> np.uint64(11)
-        return (words.astype(np.float64) + 0.5) * 2.0**-53
+        """`count` numbers uniform on the middles of 2**52 cells of (0, 1).
+
+        Guarantees: never 0 and never 1, at which noise would be infinite.
+        """
+        words = np.frombuffer(self.take(8 * count), "<u8") >> np.uint64(12)
+        # 53 bits and a half would be rounded: the largest to 1.
+        return (words.astype(np.float64) + 0.5) * 2.0**-52
 
     def gaussian_float(self, sigma: float, count: int) -> Floats:
         """`count` independent normal numbers of standard deviation `sigma`, by inversion, in floating point."""

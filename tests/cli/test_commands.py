@@ -40,7 +40,7 @@ def test_train_charges_each_ledger_once_and_a_second_run_is_refused(hospitals: P
     weights = out.read_bytes()
     again = run("train", hospitals, "--schema", schema, "--out", out, "--rounds", 3, "--epsilon", 2)
     assert again.code == 1
-    assert "nothing was read or spent" in again.err
+    assert "nothing was released or spent" in again.err
     assert out.read_bytes() == weights
 
 

@@ -53,7 +53,7 @@ def test_a_repeated_round_is_one_more_release_until_the_steps_are_used_up(path: 
 def test_a_plan_over_the_budget_writes_nothing(epsilon: float, delta: float, path: Path) -> None:
     with created(path, epsilon, delta) as ledger:
         entries = ledger.verify()
-        with pytest.raises(BudgetExceeded, match="nothing was read or spent"):
+        with pytest.raises(BudgetExceeded, match="nothing was released or spent"):
             ledger.reserve(run="a", round=1, plan=PLAN)
         with pytest.raises(BudgetExceeded):
             ledger.check(run="a", plan=PLAN)
