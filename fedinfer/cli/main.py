@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(
     help="The privacy ledger: the data holder's budget and what was released against it.",
+    epilog="Example:  fedinfer ledger show cleveland.ledger",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )

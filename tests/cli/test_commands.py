@@ -187,6 +187,7 @@ def test_ledger_commands(hospitals: Path, run: Run, model: Path) -> None:
         "compile",
         "serve",
         "ask",
+        "ledger",
         "ledger init",
         "ledger show",
         "ledger verify",

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import choose_settings, encrypted_mnist, heart_baselines
 from experiments.benchmarks import encrypted
@@ -19,7 +20,9 @@ def test_choose_settings_places_the_defaults(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_heart_baselines_pair_split_by_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(2)
     heart_baselines.main(["--quick", "--json", str(tmp_path / "table.json")])
+    assert torch.get_num_threads() == 1
     rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert {row["recipe"] for row in rows} == {"alone", "pooled", "local ε = 2"}
     assert all(math.isfinite(row["difference"]) and row["standard_error"] > 0 for row in rows)
