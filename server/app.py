@@ -29,6 +29,9 @@ def main(grid: Grid, context: Context) -> None:
         start = load_checkpoint(checkpoint, config_digest=config.digest())
     else:
         start = first_state(config, config.run or secrets.token_hex(8))
+        if checkpoint is not None:
+            # From here on the file is this run's: one that stops in its first round goes on, and not as another.
+            save_checkpoint(start, checkpoint, config_digest=config.digest())
     state = start
     trajectory = [start.weights]
     for state in rounds(grid, config, start):

@@ -3,12 +3,10 @@
 import os
 import platform
 import resource
-import secrets
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,44 +18,31 @@ from rich.progress import Progress
 
 from fedinfer.cli.console import note, progress, show_json, show_table
 from fedinfer.cli.console import out as screen
-from fedinfer.cli.evaluation import Evaluation, write_rows
+from fedinfer.cli.evaluation import Evaluation
+from fedinfer.cli.hospitals import Hospital, resume_or_start
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
 from fedinfer.cli.query import start_server
-from fedinfer.cli.train import Node, open_ledgers, run_result
-from fedinfer.data import Row, encode, heart_rows, stratified_quarters
+from fedinfer.cli.stopping import stop_between_rounds, way_on
+from fedinfer.cli.train import run_result, run_rounds
+from fedinfer.data import encode
 from fedinfer.data.heart import SCHEMA_PATH
-from fedinfer.errors import CheckpointError
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.report import write_report
 from fedinfer.settings import RunConfig
-from fedinfer.simulation import run_in_process
 
 EPSILONS = (8.0, 4.0, 2.0, 1.0)
 SEEDS, FAST_SEEDS = 5, 1
 QUERIES, FAST_QUERIES = 32, 8
 LOCAL_REPEATS = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hospital:
-    """One device of the headline run: its own folder with its rows and its ledger, and rows held out."""
-
-    name: str
-    folder: Path
-    test: Sequence[Row]
-
-    @property
-    def node(self) -> Node:
-        return {"data": str(self.folder / "train.csv"), "schema": str(SCHEMA_PATH), "ledger": str(self.ledger)}
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "ledger.sqlite"
+LEDGER_NOTE = (
+    "Each run of the demo enrols the patients anew, in ledgers of its own: twenty runs are twenty budgets. That is "
+    "right for a table that everybody can read. A deployment has one ledger for each data holder, for all runs."
+)
 
 
 def run_demo(*, rounds: int | None, epsilon: float, seed: int, out: Path, fast: bool, as_json: bool) -> None:
-    """Train, predict, ask, report. Interrupted, the same command goes on from the last whole round."""
+    """Train, predict, ask, report. Stopped anywhere, the same command goes on with what is done."""
     check_rounds(rounds)
     started = time.monotonic()
     torch.set_num_threads(1)
@@ -69,19 +54,38 @@ def run_demo(*, rounds: int | None, epsilon: float, seed: int, out: Path, fast: 
         checkpoint=str(out / "checkpoint.safetensors"),
         out=str(out / "model.safetensors"),
     )
+    # A plan that cannot be is refused before a folder is made.
+    assert config.plan is not None
     out.mkdir(parents=True, exist_ok=True)
-    config = _resume_or_start(config, seed)
-    hospitals = enrol(config, out / "devices" / config.run, seed)
+    config, hospitals, done = resume_or_start(config, out / "devices", seed)
+    try:
+        report = _walk(config, hospitals, seed=seed, done=done, fast=fast, started=started)
+        _, page = write_report(report, out)
+    except KeyboardInterrupt:
+        note(way_on(config, "the same command"))
+        raise
+    # Only now is there nothing left to go on with.
+    Path(config.checkpoint).unlink()
+    if as_json:
+        show_json(report)
+    else:
+        _show(report, page)
+
+
+def _walk(
+    config: RunConfig, hospitals: Sequence[Hospital], *, seed: int, done: int, fast: bool, started: float
+) -> dict[str, Any]:
+    """The three walks and the evaluation, as the report takes them."""
     evaluation = Evaluation(
         seeds=range(seed, seed + (FAST_SEEDS if fast else SEEDS)), epsilons=EPSILONS, rounds=config.rounds
     )
     with progress() as display:
-        headline = _train(config, hospitals, display)
+        headline = _train(config, hospitals, display, done)
         with start_server(Path(config.out)) as wait_for_url:
             _evaluate(evaluation, display)
             local = _predict_locally(Path(config.out), hospitals)
             encrypted = _ask(wait_for_url(), Path(config.out), hospitals, FAST_QUERIES if fast else QUERIES)
-    report = {
+    return {
         "title": "Four hospitals, one heart-disease model",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["fedinfer", *sys.argv[1:]]),
@@ -89,58 +93,22 @@ def run_demo(*, rounds: int | None, epsilon: float, seed: int, out: Path, fast: 
         "environment": _environment(started),
         "headline": headline,
         "ledgers": [_ledger(hospital) for hospital in hospitals],
+        "ledger_note": LEDGER_NOTE,
         "evaluation": evaluation.to_json(),
         "local_inference": local,
         "encrypted_query": encrypted,
     }
-    _, page = write_report(report, out)
-    if as_json:
-        show_json(report)
-    else:
-        _show(report, page)
 
 
-def _resume_or_start(config: RunConfig, seed: int) -> RunConfig:
-    """Go on with an unfinished run of the same settings and held-out rows, or name a new one."""
-    suffix = f"-seed{seed}"
-    try:
-        state = part("server.checkpoint").load_checkpoint(Path(config.checkpoint), config_digest=config.digest())
-    except CheckpointError:
-        return replace(config, run=secrets.token_hex(4) + suffix)
-    if not state.run.endswith(suffix) or state.round >= config.rounds:
-        return replace(config, run=secrets.token_hex(4) + suffix)
-    note(f"going on from round {state.round} of run {state.run}")
-    return replace(config, run=state.run, resume=True)
-
-
-def enrol(config: RunConfig, folder: Path, seed: int) -> list[Hospital]:
-    """Lay out one folder for each hospital: its training rows and a ledger with the asked budget."""
-    hospitals = []
-    for name, rows in heart_rows().items():
-        train, test = next(stratified_quarters([int(row["num"] != "0") for row in rows], seed=seed))
-        place = folder / name.lower().replace(" ", "-")
-        write_rows(place / "train.csv", [rows[i] for i in train])
-        hospitals.append(Hospital(name=name, folder=place, test=[rows[i] for i in test]))
-    open_ledgers(config, [hospital.ledger for hospital in hospitals], announce=False)
-    return hospitals
-
-
-def _train(config: RunConfig, hospitals: Sequence[Hospital], display: Progress) -> dict[str, Any]:
-    task = display.add_task(f"training together, ε = {config.epsilon:g}", total=config.rounds * len(hospitals))
+def _train(config: RunConfig, hospitals: Sequence[Hospital], display: Progress, done: int) -> dict[str, Any]:
     started = time.monotonic()
-    try:
-        context = run_in_process(
-            part("server.app").app,
-            part("clients.app").app,
-            nodes=[hospital.node for hospital in hospitals],
-            run_config=config.to_flat(),
-            progress=lambda _round, _node: display.advance(task),
+    nodes = [hospital.node for hospital in hospitals]
+    with stop_between_rounds() as check:
+        context = run_rounds(
+            config, nodes, display, f"training together, ε = {config.epsilon:g}", done=done, between=check
         )
-    except KeyboardInterrupt:
-        note("stopped; the ledgers are whole, and the same command goes on from the last whole round")
-        raise
-    Path(config.checkpoint).unlink()
-    display.update(task, completed=config.rounds * len(hospitals))
+        # Ctrl-C in the last round: nothing is left to train, but much of the demo is.
+        check()
     result = run_result(context)
     plan = config.plan
     assert plan is not None
@@ -157,7 +125,7 @@ def _train(config: RunConfig, hospitals: Sequence[Hospital], display: Progress) 
         "noise_multiplier": plan.noise_multiplier,
         "clip_norm": plan.clip_norm,
         "rounds": rounds,
-        "seconds": time.monotonic() - started,
+        "seconds": time.monotonic() - started + sum(record["seconds"] for record in rounds[:done]),
         "resumed_from": result["resumed_from"] or None,
         "epsilon_void": any(record["void"] for record in rounds),
         "model": config.out,
@@ -257,7 +225,7 @@ def _show(report: dict[str, Any], page: Path) -> None:
     headline, local, encrypted = report["headline"], report["local_inference"], report["encrypted_query"]
     screen.print(
         f"trained   ε = {headline['epsilon']:.4g} at δ = {headline['delta']:g} for each patient of each hospital, "
-        f"{len(headline['rounds'])} rounds in {headline['seconds']:.1f} s; the ledgers hold it"
+        f"{len(headline['rounds'])} rounds in {headline['seconds']:.1f} s; the ledgers of this run hold it"
     )
     screen.print(f"offline   p50 {local['p50_ms']:.2f} ms, p99 {local['p99_ms']:.2f} ms a patient")
     screen.print(

@@ -43,6 +43,9 @@ def main() -> None:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
         code = app(standalone_mode=False)
+        if code == 130:
+            # Typer turns Ctrl-C into an exit code of its own.
+            raise KeyboardInterrupt
     except click.ClickException as error:
         error.show()
         sys.exit(2)

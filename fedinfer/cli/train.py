@@ -2,20 +2,23 @@
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
+from rich.progress import Progress
 
 from fedinfer.cli.console import note, progress, show_json
 from fedinfer.cli.console import out as screen
 from fedinfer.cli.files import client_files, say_clamped
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
+from fedinfer.cli.stopping import stop_between_rounds, way_on
 from fedinfer.data import Schema, Table, read_table
-from fedinfer.errors import BadInput, BadUsage
+from fedinfer.errors import BadInput, BadUsage, CheckpointError, ModelFileError
+from fedinfer.models import load
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.settings import BUNDLED_SCHEMA, RunConfig
 from fedinfer.simulation import run_in_process
@@ -71,11 +74,20 @@ def train_model(
     for index, node in enumerate(nodes):
         if insecure_seed:
             node["insecure-seeded-noise"] = f"{insecure_seed}/{index}"
-    config = replace(config, run=_run_name(config, checkpoint), min_devices=len(nodes))
+    run, done = _run_and_round(config)
+    config = replace(config, run=run, min_devices=len(nodes))
+    ledgers = [Path(str(node["ledger"])) for node in nodes if "ledger" in node]
+    check_ledgers(config, ledgers, releases=config.rounds - done)
     # A folder that cannot be made must fail before a ledger is charged.
     out.parent.mkdir(parents=True, exist_ok=True)
-    open_ledgers(config, [Path(str(node["ledger"])) for node in nodes if "ledger" in node])
-    context = run_with_progress(config, nodes)
+    for path in make_ledgers(config, ledgers):
+        note(f"{path}: no ledger yet, enrolled with a budget of ε = {config.epsilon:g}, δ = {config.delta:g}")
+    with progress() as display, stop_between_rounds() as check:
+        try:
+            context = run_rounds(config, nodes, display, "training", done=done, between=check)
+        except KeyboardInterrupt:
+            note(way_on(config, "the same command with --resume"))
+            raise
     _report(config, context, len(nodes), as_json=as_json)
 
 
@@ -100,42 +112,40 @@ def file_nodes(folder: Path, schema: Schema, schema_path: str, *, public: bool) 
     return nodes
 
 
-def open_ledgers(config: RunConfig, paths: Sequence[Path], *, announce: bool = True) -> None:
-    """Check that every ledger can pay for the run, and only then make the ones that are not there.
+def check_ledgers(config: RunConfig, paths: Sequence[Path], *, releases: int) -> None:
+    """Check that every ledger can pay for `releases` more rounds of the run.
 
-    Raises: BudgetExceeded or LedgerError, with nothing written.
+    Raises: BudgetExceeded or LedgerError, with nothing written; BadUsage for a plan that cannot be.
     """
     if config.plan is None:
         return
     for path in paths:
         if path.exists():
             with PrivacyLedger.open(path) as ledger:
-                ledger.check(run=config.run, plan=config.plan)
-    for path in paths:
-        if not path.exists():
-            PrivacyLedger.create(path, epsilon=config.epsilon, delta=config.delta).close()
-            if announce:
-                note(f"{path}: no ledger yet, enrolled with a budget of ε = {config.epsilon:g}, δ = {config.delta:g}")
+                ledger.check(run=config.run, plan=config.plan, releases=releases)
 
 
-def run_with_progress(config: RunConfig, nodes: Sequence[Mapping[str, bool | float | int | str]]) -> Context:
-    """Run the app on the in-process grid and show its rounds.
+def make_ledgers(config: RunConfig, paths: Sequence[Path]) -> list[Path]:
+    """Make the ledgers that are not there, with the run's ε and δ as their budget; return them."""
+    missing = [path for path in paths if not path.exists()] if config.plan is not None else []
+    for path in missing:
+        PrivacyLedger.create(path, epsilon=config.epsilon, delta=config.delta).close()
+    return missing
 
-    Raises: what the run raises; KeyboardInterrupt after saying how to go on.
-    """
-    with progress() as display:
-        task = display.add_task("training", total=config.rounds * len(nodes))
-        try:
-            return run_in_process(
-                part("server.app").app,
-                part("clients.app").app,
-                nodes=nodes,
-                run_config=config.to_flat(),
-                progress=lambda _round, _node: display.advance(task),
-            )
-        except KeyboardInterrupt:
-            note(f"stopped; {config.checkpoint} holds the last whole round: the same command with --resume goes on")
-            raise
+
+def run_rounds(
+    config: RunConfig, nodes: Sequence[Node], display: Progress, title: str, *, done: int, between: Callable[[], None]
+) -> Context:
+    """Run the app on the in-process grid and show its rounds; `done` of them were done before."""
+    task = display.add_task(title, total=config.rounds * len(nodes), completed=done * len(nodes))
+    return run_in_process(
+        part("server.app").app,
+        part("clients.app").app,
+        nodes=nodes,
+        run_config=config.to_flat(),
+        progress=lambda _round, _node: display.advance(task),
+        between=between,
+    )
 
 
 def run_result(context: Context) -> dict[str, Any]:
@@ -144,10 +154,27 @@ def run_result(context: Context) -> dict[str, Any]:
     return result
 
 
-def _run_name(config: RunConfig, checkpoint: Path) -> str:
+def _run_and_round(config: RunConfig) -> tuple[str, int]:
+    """The name of the run, and how many of its rounds are done.
+
+    Raises: CheckpointError if the run to resume has given its model already.
+    """
     if not config.resume:
-        return secrets.token_hex(8)
-    return str(part("server.checkpoint").load_checkpoint(checkpoint, config_digest=config.digest()).run)
+        return secrets.token_hex(8), 0
+    state = part("server.checkpoint").load_checkpoint(Path(config.checkpoint), config_digest=config.digest())
+    if state.round >= config.rounds and _is_model_of(Path(config.out), state.run):
+        raise CheckpointError(
+            f"run {state.run}: got --resume, but it is finished and {config.out} is its model; "
+            "start a new run without --resume"
+        )
+    return state.run, state.round
+
+
+def _is_model_of(path: Path, run: str) -> bool:
+    try:
+        return load(path).privacy.get("run") == run
+    except ModelFileError:
+        return False
 
 
 def _report(config: RunConfig, context: Context, clients: int, *, as_json: bool) -> None:

@@ -193,11 +193,7 @@ class PrivacyLedger:
         Raises: BudgetExceeded; LedgerError if the run was charged for another plan.
         """
         with self._transaction():
-            charge = self._body("charge", run)
-            if charge is None:
-                charge = self._charge(run, plan)
-            elif charge["digest"] != plan.digest():
-                raise LedgerError(f"run {run!r}: got another plan than the one charged, expected a new run name")
+            charge = self._charged(run, plan) or self._charge(run, plan)
             used = self._count("reserve", run)
             if used >= charge["steps"]:
                 raise BudgetExceeded(f"run {run!r}: got {used} releases of {charge['steps']} planned; start a new run")
@@ -205,11 +201,21 @@ class PrivacyLedger:
             self._append("reserve", run, round, attempt, {"void": void})
         return Reservation(run=run, round=round, attempt=attempt)
 
-    def check(self, *, run: str, plan: Charge) -> None:
-        """Raise what `reserve` would raise for the first release of `plan`, and write nothing."""
+    def check(self, *, run: str, plan: Charge, releases: int = 1) -> None:
+        """Raise if `reserve` would refuse one of the next `releases` releases of `plan`, and write nothing.
+
+        Raises: BudgetExceeded; LedgerError if the run was charged for another plan.
+        """
         with self._transaction():
-            if self._body("charge", run) is None:
+            charge = self._charged(run, plan)
+            if charge is None:
                 self._affordable(plan)
+            left = plan.steps - self._count("reserve", run)
+            if left < releases:
+                raise BudgetExceeded(
+                    f"run {run!r}: got {left} releases left of {plan.steps} in {self._name}, expected {releases} for "
+                    "the rounds to go; this run cannot be finished: start a new one, without --resume"
+                )
 
     def commit(self, reservation: Reservation) -> None:
         """Note that the release left the device.
@@ -277,6 +283,12 @@ class PrivacyLedger:
         number, before = last or (0, "")
         row = (number + 1, kind, run, round, attempt, json.dumps(body, sort_keys=True))
         self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, _hash(before, row)))
+
+    def _charged(self, run: str, plan: Charge) -> dict[str, Any] | None:
+        charge = self._body("charge", run)
+        if charge is not None and charge["digest"] != plan.digest():
+            raise LedgerError(f"run {run!r}: got another plan than the one charged, expected a new run name")
+        return charge
 
     def _charge(self, run: str, plan: Charge) -> dict[str, Any]:
         body = {

@@ -18,7 +18,7 @@ MOST_NAMES = 6
 def render_page(report: Mapping[str, Any]) -> str:
     """The whole document as text."""
     sections = [
-        training_section(report.get("headline"), report.get("ledgers")),
+        training_section(report.get("headline"), report.get("ledgers"), report.get("ledger_note")),
         evaluation_section(report.get("evaluation")),
         _local_section(report.get("local_inference")),
         _encrypted_section(report.get("encrypted_query")),

@@ -9,15 +9,17 @@ from fedinfer.report.markup import Node, el, facts, section, table
 from fedinfer.report.units import milliseconds, privacy_loss, seconds, significant, size
 
 
-def training_section(headline: Mapping[str, Any] | None, ledgers: Sequence[Mapping[str, Any]] | None) -> Element | None:
-    """The headline run and the ledgers, either of which may be missing."""
+def training_section(
+    headline: Mapping[str, Any] | None, ledgers: Sequence[Mapping[str, Any]] | None, ledger_note: str | None
+) -> Element | None:
+    """The headline run and the ledgers with what there is to say of them, any of which may be missing."""
     if not headline and not ledgers:
         return None
     parts: list[Node] = []
     if headline:
         parts += _training(headline)
     if ledgers:
-        parts += _ledgers(ledgers)
+        parts += _ledgers(ledgers, ledger_note)
     return section("training", "Training together", *parts)
 
 
@@ -80,7 +82,7 @@ def _pace(rounds: Sequence[Mapping[str, Any]], total_s: float) -> list[tuple[str
     return [("Time", f"{seconds(total_s)}; a round takes {milliseconds(median * 1e3)} (median)")]
 
 
-def _ledgers(ledgers: Sequence[Mapping[str, Any]]) -> list[Node]:
+def _ledgers(ledgers: Sequence[Mapping[str, Any]], ledger_note: str | None) -> list[Node]:
     return [
         el("h3", {}, "Privacy ledgers"),
         el(
@@ -89,6 +91,7 @@ def _ledgers(ledgers: Sequence[Mapping[str, Any]]) -> list[Node]:
             "Each site keeps its own account of ε on its own disk and refuses a release that it cannot pay for. "
             "An unfinished release stays spent.",
         ),
+        el("p", {}, ledger_note) if ledger_note else None,
         table(
             "Spent of the budget, by site",
             ("Site", "ε", "δ", "Releases", "Unfinished", "Entries"),

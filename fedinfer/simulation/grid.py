@@ -18,19 +18,27 @@ from flwr.supercore.task_identity import TaskIdentity
 
 Config = Mapping[str, bool | float | int | str]
 Progress = Callable[[str, int], None]
+Between = Callable[[], None]
 
 
 class InProcessGrid(Grid):
     """Nodes of one `ClientApp`, run one after another when a message is pushed to them.
 
-    `progress(group_id, node_id)` is called after each answer; in a training run the group id is the round.
+    `progress(group_id, node_id)` is called after each answer; in a training run the group id is the round. `between`
+    is called before messages are delivered, and may raise to stop a run where no message is half done.
     """
 
     def __init__(
-        self, client_app: ClientApp, nodes: Sequence[Config], run_config: Config, progress: Progress | None = None
+        self,
+        client_app: ClientApp,
+        nodes: Sequence[Config],
+        run_config: Config,
+        progress: Progress | None = None,
+        between: Between | None = None,
     ) -> None:
         self._client_app = client_app
         self._progress = progress
+        self._between = between
         self._run = Run.create_empty(run_id=uuid.uuid4().int >> 65)
         self._replies: dict[str, Message] = {}
         # Node ids are not 0..n-1 on a real SuperLink either; 1 is the SuperLink itself.
@@ -65,6 +73,8 @@ class InProcessGrid(Grid):
 
         Raises: ValueError if a message has no content or goes to a node that is not there.
         """
+        if self._between is not None:
+            self._between()
         return [self._deliver(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -73,6 +83,8 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Deliver messages and return the answers that came within `timeout` seconds."""
+        if self._between is not None:
+            self._between()
         started = time.monotonic()
         replies: list[Message] = []
         for message in messages:
@@ -111,12 +123,13 @@ def run_in_process(
     nodes: Sequence[Config],
     run_config: Config,
     progress: Progress | None = None,
+    between: Between | None = None,
 ) -> Context:
     """Run `server_app` against one node of `client_app` for each configuration in `nodes`.
 
     Returns the ServerApp's Context after its main function: what main stored is in `context.state`.
     """
-    grid = InProcessGrid(client_app, nodes, run_config, progress)
+    grid = InProcessGrid(client_app, nodes, run_config, progress, between)
     context = Context(
         run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )

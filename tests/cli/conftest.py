@@ -1,12 +1,18 @@
 """Hospitals on disk and the command line in this process."""
 
 import csv
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from fedinfer.cli import main
 from fedinfer.data import heart_rows
@@ -49,6 +55,40 @@ def hospitals(tmp_path: Path) -> Path:
         write(folder / f"{name.lower()}.csv", [dict(row) for row in rows[:: len(rows) // 40][:40]])
     (tmp_path / "schema.toml").write_bytes(SCHEMA_PATH.read_bytes())
     return folder
+
+
+def interrupt(args: list[object], *, when: Callable[[], bool], how: signal.Signals = signal.SIGINT) -> Result:
+    """Run `fedinfer ARGS` as a terminal does, and signal its whole process group as soon as `when()`."""
+    command = [sys.executable, "-m", "fedinfer.cli", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None and not when():
+            time.sleep(0.001)
+        if process.poll() is None:
+            os.killpg(process.pid, how)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    return Result(process.returncode, out, err)
+
+
+def checkpoint_of(path: Path) -> tuple[str, int]:
+    """The run and the round of a checkpoint; nothing and -1 where there is none."""
+    try:
+        with safe_open(str(path), framework="np") as file:
+            header = json.loads(file.metadata()["fedinfer-checkpoint"])
+    except OSError:
+        return "", -1
+    return header["run"], header["round"]
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -121,6 +121,12 @@ def test_bad_usage_exits_with_2_and_writes_nothing(kind: str, hospitals: Path, r
         (("schema", "nowhere", "--target", "num"), 1, "got no such folder"),
         (("demo", "--rounds", "-1"), 2, "rounds: got -1"),
         (("demo", "--epsilon", "0"), 2, "epsilon: got 0.0"),
+        (("demo", "--epsilon", "0.0001", "--out", "e0"), 2, "epsilon: got 0.0001, too small for 42 steps"),
+        (
+            ("train", "--data", "heart-disease", "--epsilon", "0.0001", "--out", "e0/m"),
+            2,
+            "epsilon: got 0.0001, too small for 42 steps",
+        ),
     ],
 )
 def test_a_command_that_cannot_be_is_one_line(

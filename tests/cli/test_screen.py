@@ -1,6 +1,7 @@
 """What people see: help at once, whole tables, and a way on after Ctrl-C."""
 
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -11,8 +12,13 @@ from pathlib import Path
 import pytest
 
 from fedinfer.cli.console import show_table
+from fedinfer.cli.stopping import stop_between_rounds, way_on
+from fedinfer.models import load
 from fedinfer.privacy import PrivacyLedger
-from tests.cli.conftest import Run
+from fedinfer.settings import RunConfig
+from server.checkpoint import save_checkpoint
+from server.rounds import first_state
+from tests.cli.conftest import Run, checkpoint_of, interrupt
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,22 +46,55 @@ def test_a_table_is_never_cut(capfd: pytest.CaptureFixture[str]) -> None:
     assert "…" not in printed
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_whole_ledgers(hospitals: Path, run: Run) -> None:
+def test_ctrl_c_ends_the_round_and_the_run_goes_on_from_there(hospitals: Path, run: Run) -> None:
     out, schema = hospitals.parent / "model.safetensors", hospitals.parent / "schema.toml"
     args = ["train", hospitals, "--schema", schema, "--out", out, "--rounds", 600]
     checkpoint = out.with_name(out.name + ".checkpoint")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fedinfer.cli", *map(str, args)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    while process.poll() is None and not checkpoint.exists():
-        pass
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command with --resume goes on" in err
-    assert "Traceback" not in err
+    stopped = interrupt(args, when=lambda: checkpoint_of(checkpoint)[1] >= 2)
+    assert stopped.code == 130
+    assert "stopping after this round; Ctrl-C again: now" in stopped.err
+    assert stopped.err.endswith("the same command with --resume goes on\ninterrupted\n")
+    assert "Traceback" not in stopped.err
     assert not out.exists()
+    (whole,) = re.findall(r"holds round (\d+) of 600", stopped.err)
     for path in hospitals.glob("*.ledger"):
         with PrivacyLedger.open(path) as ledger:
             ledger.verify()
+            (charged,) = ledger.summary().runs
+        assert (charged.reserved, charged.committed, charged.repeated) == (int(whole), int(whole), 0)
     assert run(*args, "--resume").code == 0
+    assert load(out).privacy["rounds"] == 600
+
+
+def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_between_rounds() as check:
+        check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_said_of_a_stopped_run_is_true(tmp_path: Path) -> None:
+    config = RunConfig(rounds=5, run="mine", checkpoint=str(tmp_path / "checkpoint"))
+    nothing = "stopped before the first round; nothing was spent"
+    assert way_on(config, "this") == nothing
+    save_checkpoint(first_state(config, "other"), Path(config.checkpoint), config_digest=config.digest())
+    assert way_on(config, "this") == nothing
+    save_checkpoint(first_state(config, "mine"), Path(config.checkpoint), config_digest=config.digest())
+    assert way_on(config, "this") == f"stopped; {config.checkpoint} holds round 0 of 5: this goes on"
+
+
+def test_an_interrupted_command_says_so(tmp_path: Path) -> None:
+    # It waits for rows that never come.
+    rows = tmp_path / "rows"
+    os.mkfifo(rows)
+    model = tmp_path / "model.safetensors"
+    args = ["train", "--data", "heart-disease", "--rounds", 1, "--out", model]
+    assert interrupt(args, when=lambda: False).code == 0
+    began = time.monotonic()
+    stopped = interrupt(["predict", model, rows], when=lambda: time.monotonic() > began + 3)
+    assert (stopped.code, stopped.out, stopped.err) == (130, "", "interrupted\n")

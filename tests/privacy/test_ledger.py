@@ -60,6 +60,21 @@ def test_a_plan_over_the_budget_writes_nothing(epsilon: float, delta: float, pat
         assert ledger.verify() == entries
 
 
+def test_a_check_sees_what_is_left_of_a_run_and_writes_nothing(path: Path) -> None:
+    with created(path) as ledger:
+        ledger.check(run="a", plan=PLAN, releases=PLAN.steps)
+        with pytest.raises(BudgetExceeded, match="got 4 releases left of 4"):
+            ledger.check(run="a", plan=PLAN, releases=PLAN.steps + 1)
+        ledger.reserve(run="a", round=1, plan=PLAN)
+        entries = ledger.verify()
+        ledger.check(run="a", plan=PLAN, releases=3)
+        with pytest.raises(BudgetExceeded, match="got 3 releases left of 4"):
+            ledger.check(run="a", plan=PLAN, releases=4)
+        with pytest.raises(LedgerError, match="got another plan than the one charged"):
+            ledger.check(run="a", plan=OTHER)
+        assert ledger.verify() == entries
+
+
 def test_runs_add_up_to_the_budget_and_no_further(path: Path) -> None:
     with created(path, epsilon=3 * PLAN.epsilon(), delta=1e-3) as ledger:
         for run in ("a", "b", "c"):
