@@ -59,8 +59,8 @@ def _epsilon_figure(evaluation: Mapping[str, Any]) -> Element:
 def _site_figure(evaluation: Mapping[str, Any]) -> Element:
     legend = [(look, look.legend) for look in _looks(evaluation["methods"])]
     caption = (
-        "Compare the triangle, a hospital on its own, with the marks below it: further right is better. Bars are 95 % "
-        "intervals of the mean; the dotted line at 0.5 is chance, and the axis starts where the widest interval begins."
+        "Compare the triangle, a hospital on its own, with the marks below it: further right is better. Bars reach "
+        "from chance, the dotted line at 0.5, to the mean; the thin lines are 95 % intervals of the mean."
     )
     if SMALL_SITE in evaluation["sites"]:
         caption += f" {SMALL_SITE} has only eight healthy patients, two in a test quarter: its intervals are wide."

@@ -99,7 +99,7 @@ def epsilon_plot(evaluation: Mapping[str, Any], width: int) -> Element:
 
 
 def site_plot(evaluation: Mapping[str, Any], width: int) -> Element:
-    """One panel for each site, one row for each method, a mark and an interval in each row."""
+    """One panel for each site, one row for each method: a bar from chance to the mean, a mark and an interval."""
     cells = cells_by_place(evaluation)
     sites, methods = evaluation["sites"], evaluation["methods"]
     ends = [cell[f"unsafe_auc_{end}"] for cell in cells.values() for end in ("low", "high", "mean")]
@@ -131,6 +131,7 @@ def site_plot(evaluation: Mapping[str, Any], width: int) -> Element:
             if cell := cells.get((method["key"], site)):
                 look = series_of(method)
                 low, high = (panel.x(cell[f"unsafe_auc_{end}"]) for end in ("low", "high"))
+                marks.append(line((panel.x(CHANCE), y), (panel.x(cell["unsafe_auc_mean"]), y), f"bar {look.css}"))
                 marks.append(line((low, y), (high, y), f"interval {look.css}"))
                 marks.append(marker(look.shape, (panel.x(cell["unsafe_auc_mean"]), y), look.css))
     height = math.ceil(len(sites) / columns) * (tall + below) - 12

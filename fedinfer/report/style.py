@@ -13,7 +13,7 @@ STYLE = """
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-body > * { max-width: 48rem; margin-inline: auto; padding-inline: 1.5rem; }
+body > * { max-width: 52rem; margin-inline: auto; padding-inline: 1.5rem; }
 header { padding-top: 3rem; }
 h1 { font-size: clamp(1.7rem, 1.3rem + 2vw, 2.4rem); line-height: 1.15; letter-spacing: -.02em; margin: .2rem 0 1rem;
   text-wrap: balance; }
@@ -52,7 +52,7 @@ table { border-collapse: collapse; font-size: .8125rem; line-height: 1.4; min-wi
   font-variant-numeric: tabular-nums; }
 caption { text-align: start; padding-bottom: .5rem; }
 caption span { display: inline-block; position: sticky; left: 0; max-width: min(45rem, calc(100vw - 2.5rem)); }
-th, td { padding: .45rem .5rem; text-align: end; white-space: nowrap; border-bottom: 1px solid var(--grid);
+th, td { padding: .45rem .4rem; text-align: end; white-space: nowrap; border-bottom: 1px solid var(--grid);
   vertical-align: top; font-weight: 400; }
 thead th { font-weight: 600; border-bottom-color: var(--rule); vertical-align: bottom; }
 th:first-child { text-align: start; padding-inline-start: 0; position: sticky; left: 0; background: var(--paper); }
@@ -92,6 +92,7 @@ svg .interval { stroke-width: 2; }
 svg .thick { stroke-width: 2; stroke-linejoin: round; }
 svg .dashed { stroke-dasharray: 4 3; stroke-width: 1.5; }
 svg .band { opacity: .2; }
+svg .bar { stroke-width: 12; opacity: .25; }
 svg text { fill: var(--quiet); font-variant-numeric: tabular-nums; }
 svg .value { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
 svg .panel, svg .value { fill: var(--ink); font-weight: 600; }
