@@ -203,7 +203,7 @@ class Evaluation:
     def _cell(self, method: str, site: str) -> dict[str, Any]:
         auc = np.array(self.aucs(method, site))
         accuracy = np.array(self._accuracy[method, site])
-        mean, half = float(auc.mean()), _half_width(auc)
+        mean, half = float(auc.mean()), half_width(auc)
         by_seed = auc.reshape(len(self._seeds), 4).mean(1)
         return {
             "method": method,
@@ -219,7 +219,7 @@ class Evaluation:
 
     def _paired(self, method: str, against: str, site: str) -> dict[str, Any]:
         difference = np.array(self.aucs(method, site)) - np.array(self.aucs(against, site))
-        mean, half = float(difference.mean()), _half_width(difference)
+        mean, half = float(difference.mean()), half_width(difference)
         return {
             "site": site,
             "method": method,
@@ -241,7 +241,7 @@ class Evaluation:
         }
 
 
-def _half_width(values: Floats) -> float:
+def half_width(values: Floats) -> float:
     """Half of the corrected resampled 95 % interval of the mean of `values`, one for each split."""
     count = len(values)
     variance = float(values.var(ddof=1)) * (1.0 / count + TEST_SHARE / (1.0 - TEST_SHARE))

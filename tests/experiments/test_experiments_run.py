@@ -26,7 +26,13 @@ def test_heart_baselines_pair_split_by_split(tmp_path: Path, capsys: pytest.Capt
     rows = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert {row["recipe"] for row in rows} == {"alone", "pooled", "local ε = 2"}
     assert all(math.isfinite(row["difference"]) and row["standard_error"] > 0 for row in rows)
-    assert "fedinfer: dp2" in capsys.readouterr().out
+    assert all(row["low"] < row["difference"] < row["high"] for row in rows)
+    # The gain of training together is said against either way to train alone.
+    assert len([row for row in rows if (row["recipe"], row["fedinfer"]) == ("alone", "federated")]) == 5
+    printed = capsys.readouterr().out
+    assert "fedinfer: dp2" in printed
+    assert "alone by fedinfer" in printed
+    assert "alone by the recipe" in printed
 
 
 def test_encrypted_benchmark_compares_with_stock_tenseal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
