@@ -29,6 +29,7 @@ from fedinfer.data import encode
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.report import write_report
+from fedinfer.report.units import size
 from fedinfer.settings import RunConfig
 
 EPSILONS = (8.0, 4.0, 2.0, 1.0)
@@ -231,7 +232,7 @@ def _show(report: dict[str, Any], page: Path) -> None:
     screen.print(
         f"encrypted p50 {encrypted['p50_ms']:.0f} ms, p99 {encrypted['p99_ms']:.0f} ms a query; "
         f"{encrypted['bytes_up'] / 1e3:.0f} kB up, {encrypted['bytes_down'] / 1e3:.0f} kB down, "
-        f"keys {encrypted['key_bytes'] / 1e6:.1f} MB once; largest error {encrypted['max_error']:.1e}"
+        f"keys {size(encrypted['key_bytes'])} once; largest error {encrypted['max_error']:.1e}"
     )
     environment = report["environment"]
     screen.print(f"in all    {environment['seconds_total']:.0f} s, peak memory {environment['peak_memory_mb']:.0f} MB")
