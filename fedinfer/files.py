@@ -4,12 +4,17 @@ import os
 from pathlib import Path
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically and durably: a temporary file, fsync, rename, fsync of the folder."""
+def replace_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write `data` to `path` atomically and durably: a temporary file, fsync, rename, fsync of the folder.
+
+    `mode` is what the file's permissions are before the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

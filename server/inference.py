@@ -40,14 +40,15 @@ def create_app(compiled: Compiled) -> FastAPI:
     waiting = 0
     app = FastAPI(title="fedinfer encrypted inference", docs_url=None, redoc_url=None)
 
-    async def in_turn(work: Callable[[], Response]) -> Response:
+    async def in_turn(request: Request, max_bytes: int, work: Callable[[bytes], Response]) -> Response:
         nonlocal waiting
         if waiting >= MAX_WAITING:
             return _error(503, "busy", f"got {waiting} requests waiting, expected fewer; try again")
         waiting += 1
         try:
+            body = await _body(request, max_bytes)
             async with turn:
-                return await asyncio.to_thread(work)
+                return await asyncio.to_thread(work, body)
         finally:
             waiting -= 1
 
@@ -70,27 +71,23 @@ def create_app(compiled: Compiled) -> FastAPI:
 
     @app.put("/v1/keys/{digest}")
     async def put_keys(digest: str, request: Request) -> Response:
-        keys = await _body(request, engine.circuit.max_key_bytes)
-
-        def open_session() -> Response:
+        def open_session(keys: bytes) -> Response:
             if hashlib.sha256(keys).hexdigest() != digest:
                 return _error(400, "wrong_digest", "keys: got bytes with another SHA-256 than the address says")
             store.put(digest, engine.open(keys), KEY_MEMORY * len(keys))
             return Response(status_code=204)
 
-        return await in_turn(open_session)
+        return await in_turn(request, engine.circuit.max_key_bytes, open_session)
 
     @app.post("/v1/query/{digest}")
     async def query(digest: str, request: Request) -> Response:
-        body = await _body(request, engine.circuit.max_query_bytes)
-
-        def answer() -> Response:
+        def answer(body: bytes) -> Response:
             session = store.get(digest)
             if session is None:
                 return _error(404, "unknown_keys", "keys: got none with that SHA-256; upload them again")
             return Response(session.run(body), media_type=FRAME)
 
-        return await in_turn(answer)
+        return await in_turn(request, engine.circuit.max_query_bytes, answer)
 
     return app
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedinfer.encrypted import noise
-from fedinfer.encrypted.graph import Affine, Product, Value, in_order, sources_of
+from fedinfer.encrypted.graph import Affine, Input, Product, Value, evaluated, in_order, sources_of
 from fedinfer.encrypted.packing import power_of_two
 from fedinfer.encrypted.params import MAX_BITS_128, MAX_PRIME_BITS, MIN_PRIME_BITS, Parameters
 from fedinfer.errors import EncryptedError
@@ -29,8 +29,9 @@ GRIDS = (
     ((36, 40, 44), (30, 34, 38, 42, 46), (40, 42, 44, 45, 46, 47), (44, 46)),
 )
 ANSWER_BITS = (32, 36, 40, 44, 48)
-# Room for a sign and for values twice as large as the calibration data showed.
+# Room for a sign and for values twice as large as the calibration data showed, with features stretched.
 HEADROOM_BITS = 2.0
+STRETCH = 1.25
 # Largest error over standard deviation that a few thousand answers show.
 TAIL = 5.0
 # A larger ring is seldom cheaper than the least that fits.
@@ -49,21 +50,30 @@ FOLDS = 4
 class Chain:
     """Parameters and, for each depth, the level before and after rescaling and the nominal scale in bits after it.
 
-    `noise` is the largest error of an output by what the circuit does, `error` that after flooding, with the noise of
-    the encryption of zero in every answer.
+    The deviations of an output: `circuit` is what the circuit makes before its last map, `last` what that adds to each
+    slot, `zero` what the encryption of zero adds to the mean of its slots.
     """
 
     parameters: Parameters
     before: tuple[int, ...]
     after: tuple[int, ...]
     scale_bits: tuple[float, ...]
-    noise: float
-    error: float
+    circuit: float
+    last: float
+    zero: float
+
+    def noise(self, share: float) -> float:
+        """The largest error of an output by what the circuit does, if it is the sum of `share` slots."""
+        return TAIL * math.hypot(self.circuit, self.last * math.sqrt(share))
+
+    def error(self, share: float, flooding: float) -> float:
+        """The same, made `flooding` times larger, with the encryption of zero in every answer."""
+        return math.hypot(self.noise(share) * flooding, TAIL * self.zero * share)
 
     @property
     def bits(self) -> tuple[int, float]:
         """All primes together, then the error: what is sent, and what is gained."""
-        return sum(self.parameters.prime_bits), self.error
+        return sum(self.parameters.prime_bits), self.error(1.0, 1.0)
 
     @property
     def effort(self) -> tuple[int, float]:
@@ -98,6 +108,9 @@ def _steps(output: Value, depths: Mapping[Value, int]) -> list[_Step]:
     generator = np.random.default_rng(0)
     values = in_order(output)
     base = {v: v.rows[:64] for v in values}
+    # Features may be larger than those of the calibration data, and nothing may wrap then.
+    far = evaluated(output, {v: v.rows * STRETCH for v in values if isinstance(v, Input)})
+    bounds = {v: max(v.bound, float(np.abs(far[v]).max(initial=0.0))) for v in values}
     steps = []
     for depth in range(depths[output] + 1):
         here = [v for v in values if depths[v] == depth]
@@ -109,11 +122,11 @@ def _steps(output: Value, depths: Mapping[Value, int]) -> list[_Step]:
                 for source, matrix in v.sources:
                     per_row = matrix.nnz / max(1, matrix.shape[0])
                     rounding += 2 * per_row * float(np.mean(base[source] ** 2))
-        bound = max(v.bound for v in here)
+        bound = max(bounds[v] for v in here)
         # Between the product and its fold a slot may hold a single large term.
         for v in here:
             if isinstance(v, Affine):
-                bound = max([bound, *(s.bound * float(abs(m).max()) for s, m in v.sources if m.nnz)])
+                bound = max([bound, *(bounds[s] * float(abs(m).max()) for s, m in v.sources if m.nnz)])
         steps.append(
             _Step(
                 product=any(isinstance(v, Product) for v in here),
@@ -155,8 +168,8 @@ class Chains:
         self._outputs = {degree: degree // 2 if wide else power_of_two(output.size) for degree in degrees}
         self._scanned: dict[tuple[int, int], list[_Scan]] = {}
 
-    def within(self, precision: float) -> list[Chain]:
-        """Those whose outputs err by `precision` at most, absolute, at the least degrees that have any.
+    def within(self, precision: float, share: float) -> list[Chain]:
+        """Those whose outputs, each the sum of `share` slots, err by `precision` at most, at the least degrees.
 
         The cheapest by `Chain.effort` is first; there is one for each pattern of levels.
         """
@@ -166,7 +179,7 @@ class Chains:
             if len(fit) >= ENOUGH_DEGREES or (fit and degree == self._degrees[0]):
                 break
             for scan in self._all(grid, degree):
-                for chain in scan.smallest(precision):
+                for chain in scan.smallest(precision, share):
                     key = (degree, chain.before)
                     if key not in best or chain.bits < best[key].bits:
                         best[key] = chain
@@ -234,6 +247,8 @@ class _Scan:
         roomy = np.minimum(largest + SPECIAL_BITS, np.maximum(largest, wanted.allowed_bits - data))
         special = np.minimum(MAX_PRIME_BITS, roomy) if self._special else nothing
         fits = np.isfinite(answer) & (data + special <= wanted.allowed_bits)
+        if not self._special:
+            fits &= data == answer
         for i in range(1, depth + 1):
             if pattern[i - 1]:
                 fits &= (dropped[i] >= MIN_PRIME_BITS) & (np.floor(each[i]) >= MIN_PRIME_BITS)
@@ -243,14 +258,12 @@ class _Scan:
         self._dropped, self._counts = np.array(dropped)[:, fits], np.array(counts)[:, fits]
         self._answer, self._key = answer[fits], special[fits]
         self.total = (data + special)[fits]
-        circuit = self._deviation(steps, plain[fits], last[fits])
-        # An output is the sum of the slots of a class in the worst case, so its mean is that many times smaller.
-        share = wanted.degree / (2 * wanted.outputs)
-        zero = noise.answered(wanted.degree, wanted.outputs) * share * 2.0 ** -self._scales[-1]
-        self._noise, self._error = TAIL * circuit, TAIL * np.hypot(circuit * wanted.flooding, zero)
+        self._circuit, self._last = self._deviations(steps, plain[fits], last[fits])
+        self._zero = noise.answered(wanted.degree, wanted.outputs) * 2.0 ** -self._scales[-1]
+        self._flooding = wanted.flooding
 
-    def _deviation(self, steps: list[_Step], plain: Floats, last: Floats) -> Floats:
-        """That of an output by what the circuit does."""
+    def _deviations(self, steps: list[_Step], plain: Floats, last: Floats) -> tuple[Floats, Floats]:
+        """Those of an output by what the circuit does before its last map, and of a slot by that map."""
         degree, depth = self._degree, len(steps) - 1
         divided = noise.divided(degree)
         # What a key switch adds at the level before each depth: every prime that is left counts.
@@ -275,13 +288,16 @@ class _Scan:
                     folded = divided**2 + switched[i + 1] ** 2 * TURNS
                     here = here + FOLDS * folded * 4.0 ** -self._scales[i]
             here = here + (self._dropped[i] > 0) * (divided * 2.0 ** -self._scales[i]) ** 2
-            total = total + (steps[i].gain or 1.0) ** 2 * here
-        return np.asarray(np.sqrt(total), np.float64)
+            if i < depth:
+                total = total + (steps[i].gain or 1.0) ** 2 * here
+        return np.asarray(np.sqrt(total), np.float64), np.asarray(np.sqrt(here), np.float64)
 
-    def smallest(self, precision: float) -> "Iterator[Chain]":
+    def smallest(self, precision: float, share: float) -> "Iterator[Chain]":
         """For each pattern of levels the chain of the fewest bytes that errs by `precision` at most."""
-        exact = np.nonzero(self._error <= precision)[0]
-        order = exact[np.lexsort((self._error[exact], self.total[exact]))]
+        own = np.hypot(self._circuit, self._last * math.sqrt(share)) * self._flooding
+        error = TAIL * np.hypot(own, self._zero * share)
+        exact = np.nonzero(error <= precision)[0]
+        order = exact[np.lexsort((error[exact], self.total[exact]))]
         seen: set[bytes] = set()
         for index in order:
             levels = self._counts[:, index].tobytes()
@@ -312,6 +328,7 @@ class _Scan:
             before=tuple(before),
             after=tuple(level - count for level, count in zip(before, counts, strict=True)),
             scale_bits=tuple(self._scales[:, index].tolist()),
-            noise=float(self._noise[index]),
-            error=float(self._error[index]),
+            circuit=float(self._circuit[index]),
+            last=float(self._last[index]),
+            zero=float(self._zero[index]),
         )

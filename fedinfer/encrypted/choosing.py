@@ -23,15 +23,15 @@ READ_US = 2e-3
 
 
 def choose(
-    output: Value, depths: Mapping[Value, int], chains: Chains, *, precision: float, budget: int, wide: bool,
-    known: dict[object, Gathered | None],
+    output: Value, depths: Mapping[Value, int], chains: Chains, *, precision: float, share: float, budget: int,
+    wide: bool, known: dict[object, Gathered | None],
 ) -> tuple[Chain, Packing | None]:  # fmt: skip
     """The cheapest chain with its packing, or without one if every element has a ciphertext (`wide`).
 
-    `known` keeps what was gathered for searches to come.
+    `share` is how many slots an output may be the sum of; `known` keeps what was gathered for searches to come.
     Raises: CompileError naming the layer for a depth that fits no ring, or for which no packing fits.
     """
-    found = chains.within(precision)
+    found = chains.within(precision, share)
     if not found:
         layer = max((v for v in depths if not isinstance(v, Input)), key=lambda v: depths[v]).name
         missing = chains.missing_bits()

@@ -87,7 +87,9 @@ class PublicCircuit:
             and (self.parameters.special or not (self.keys.rotations or self.keys.relinearisation))
             and len(self.inputs) >= 1
             and np.isfinite([self.scale, self.error, self.approximation]).all()
-            and self.scale > 0
+            and self.scale >= 1
+            and self.error > 0
+            and self.approximation >= 0
         )
         for part in self.inputs:
             held = part.layout.held
@@ -107,7 +109,8 @@ class PublicCircuit:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything public: keys and queries are for one circuit."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        header, layouts = self._fields()
+        return hashlib.sha256(encode(Frame(kind=Kind.CIRCUIT, header=header, body=layouts))).hexdigest()
 
     @property
     def ciphertexts(self) -> int:
@@ -143,6 +146,10 @@ class PublicCircuit:
 
     def to_bytes(self) -> bytes:
         """One CIRCUIT frame: the fields as JSON, the layouts compressed."""
+        header, layouts = self._fields()
+        return encode(Frame(kind=Kind.CIRCUIT, header=header, body=zlib.compress(layouts, 9)))
+
+    def _fields(self) -> tuple[dict[str, Any], bytes]:
         layouts = [np.ascontiguousarray(part.layout.held, "<i4") for part in self.inputs]
         header = {
             "format": FORMAT,
@@ -162,8 +169,7 @@ class PublicCircuit:
             "approximation": self.approximation,
             "about": dict(self.about),
         }
-        body = zlib.compress(b"".join(held.tobytes() for held in layouts), 9)
-        return encode(Frame(kind=Kind.CIRCUIT, header=header, body=body))
+        return header, b"".join(held.tobytes() for held in layouts)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -184,7 +190,7 @@ class PublicCircuit:
                 special=bool(literal["special"]),
                 scale_bits=float(literal["scale_bits"]),
             )
-            return cls(
+            circuit = cls(
                 parameters=parameters,
                 keys=KeyPlan(
                     relinearisation=int(fields["relinearisation"]),
@@ -200,8 +206,11 @@ class PublicCircuit:
                 approximation=float(fields["approximation"]),
                 about=dict(fields["about"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
+            # What cannot be written again has no digest.
+            _ = circuit.digest
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, zlib.error) as error:
             raise WireError(f"circuit: a field does not hold ({type(error).__name__})") from None
+        return circuit
 
     def pack(self, arguments: Sequence[Floats]) -> Iterator[Floats]:
         """The slots of each ciphertext of a query for flat features, (n, size) for each input."""
@@ -261,6 +270,8 @@ class PublicCircuit:
 def _inputs(fields: Sequence[Mapping[str, Any]], body: bytes) -> Iterator[PublicInput]:
     unpacker = zlib.decompressobj()
     data = unpacker.decompress(body, MAX_LAYOUT_BYTES)
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError("layouts")
     at = 0
     for part in fields:
         rows, period = (int(number) for number in part["held"])

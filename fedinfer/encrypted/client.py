@@ -11,6 +11,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedinfer.encrypted import noise
+from fedinfer.encrypted.chain import TAIL
 from fedinfer.encrypted.circuit import Floats, PublicCircuit
 from fedinfer.encrypted.frames import join, split_rows
 from fedinfer.encrypted.sampling import gaussian
@@ -25,6 +27,7 @@ class EncryptedClient:
     def __init__(self, circuit: PublicCircuit, secret: SecretSide) -> None:
         self._circuit = circuit
         self._secret = secret
+        self._released = 0
 
     @classmethod
     def generate(cls, circuit: PublicCircuit, scheme: Scheme | None = None) -> Self:
@@ -69,17 +72,25 @@ class EncryptedClient:
     def release(self, answer: bytes, *, releases: int, bits: int = 30, round_to: float | None = None) -> Floats:
         """The outputs (n, outputs) with noise that hides the key, rounded: what may be shown to others.
 
+        The bound on the noise of a circuit is that for rows like those it was calibrated on.
+
         Guarantees: `releases` numbers released under one key, by calls that all state that many, tell them apart from
         ones made without the key with an advantage of at most 2^(-bits / 2); the noise is Gaussian with deviation
         error * sqrt(12 * releases) * 2^(bits / 2), and the result a multiple of a quarter of it, or of `round_to` if
         that is larger.
-        Raises: as `decrypt`; BadUsage for bits or releases below one, or fewer releases than this answer has numbers.
+        Raises: as `decrypt`; BadUsage for bits or releases below one, or fewer releases than numbers that this
+        client has released, with those of this answer.
         Reference: Li, Micciancio, Schultz and Sorrell 2022, eprint 2022/816, theorem 3.
         """
         outputs = self.decrypt(answer)
-        if bits < 1 or releases < outputs.size:
-            raise BadUsage(f"release: got {releases} releases and {bits} bits, expected {outputs.size} and 1 or more")
-        deviation = self._circuit.error * math.sqrt(12.0 * releases) * 2.0 ** (bits / 2)
+        needed = self._released + outputs.size
+        if bits < 1 or releases < needed:
+            raise BadUsage(f"release: got {releases} releases and {bits} bits, expected {needed} and 1 or more")
+        self._released = needed
+        # What the encryption of zero adds is known here, whatever the server says of its circuit.
+        circuit = self._circuit
+        least = TAIL * noise.answered(circuit.parameters.degree, circuit.classes) / circuit.scale
+        deviation = max(circuit.error, least) * math.sqrt(12.0 * releases) * 2.0 ** (bits / 2)
         grid = max(deviation / 4, round_to or 0.0)
         noisy: Floats = np.rint((outputs + deviation * gaussian(outputs.size).reshape(outputs.shape)) / grid) * grid
         return noisy

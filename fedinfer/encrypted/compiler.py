@@ -100,26 +100,37 @@ def compile_model(
     known: dict[object, Gathered | None] = {}
     depths, few = depth_of(output), [row[:MEASURED] for row in arguments]
     chains = Chains(output, depths, flooding=flooding, degrees=DEGREES, wide=wide)
+    share, budget = 1.0, int(key_budget_mb * 1e6)
     for _ in range(ATTEMPTS):
         chain, packing = choose(
-            output, depths, chains, precision=target, budget=int(key_budget_mb * 1e6), wide=wide, known=known
+            output,
+            depths,
+            chains,
+            precision=target,
+            share=share,
+            budget=budget,
+            wide=wide,
+            known=known,
         )
-        public, private = lower(output, depths, chain, packing, captured.input_shapes, about or {})
+        public, private, found = lower(output, depths, chain, packing, captured.input_shapes, flooding, about or {})
         compiled = Compiled(public=public, private=private, rows=tuple(arguments))
         noise = float(np.abs(compiled.simulate(few, noise=0) - run(output, few)).max())
         # What was measured once is stated twice as large.
-        if 2 * noise <= (allowed if flooding == 1.0 else min(allowed, 2 * math.hypot(chain.noise, chain.error))):
+        error = max(public.error, 2 * noise)
+        if error <= allowed:
             break
-        # The model of the noise was too kind to this network.
-        target *= 0.9 * min(1.0, allowed / (2 * noise))
+        if found != share:
+            share = found
+        else:
+            target *= 0.9 * allowed / error
     else:
-        raise CompileError(f"precision: got errors of {2 * noise:.2g}, expected {allowed:.2g}; ask for less")
+        raise CompileError(f"precision: got errors of {error:.2g}, expected {allowed:.2g}; ask for less")
     fit = float(np.abs(run(output, arguments) - plain).max())
-    public = replace(public, error=max(public.error, 2 * noise), approximation=fit)
+    public = replace(public, error=error, approximation=fit)
     if not accept_disagreement:
         _refuse_disagreement(run(output, arguments), plain, public.error)
     if isinstance(circuit_privacy, StatisticalFlooding):
-        private = replace(private, flood=chain.noise * 2.0**circuit_privacy.bits * public.scale)
+        private = replace(private, flood=chain.noise(share) * 2.0**circuit_privacy.bits * public.scale)
     return replace(compiled, public=public, private=private)
 
 

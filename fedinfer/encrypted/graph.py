@@ -4,7 +4,7 @@ Everything that is linear in a network, whatever its name, is one sparse matrix;
 of affine maps is one affine map. Values are flat vectors; `shape` remembers what torch saw, as a hint for packing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -175,15 +175,20 @@ def sources_of(value: Value) -> tuple[Value, ...]:
 
 def run(output: Value, inputs: Sequence[Floats]) -> Floats:
     """The graph's own answer in floating point: inputs (n, size) each, answer (n, size)."""
-    found: dict[Value, Floats] = {}
+    return evaluated(output, {value: inputs[value.index] for value in in_order(output) if isinstance(value, Input)})[
+        output
+    ]
+
+
+def evaluated(output: Value, found: Mapping[Value, Floats]) -> dict[Value, Floats]:
+    """The rows of every value that `output` needs, from those of its inputs."""
+    every = dict(found)
     for value in in_order(output):
-        if isinstance(value, Input):
-            found[value] = inputs[value.index]
-        elif isinstance(value, Product):
-            found[value] = found[value.left] * found[value.right]
+        if isinstance(value, Product):
+            every[value] = every[value.left] * every[value.right]
         elif isinstance(value, Affine):
             total = np.zeros((1, value.size)) + value.bias
             for source, matrix in value.sources:
-                total = total + found[source] @ matrix.T
-            found[value] = total
-    return found[output]
+                total = total + every[source] @ matrix.T
+            every[value] = total
+    return every

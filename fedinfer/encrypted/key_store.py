@@ -34,8 +34,8 @@ def save_keys(client: EncryptedClient, path: Path, passphrase: bytes) -> None:
     salt, nonce = os.urandom(SALT_BYTES), os.urandom(NONCE_BYTES)
     digest = client._circuit.digest
     body = AESGCM(_key(passphrase, salt)).encrypt(nonce, secret.stored_for_key_store(), digest.encode())
-    replace_file(path, encode(Frame(kind=Kind.KEY_STORE, header={"circuit": digest}, body=salt + nonce + body)))
-    path.chmod(0o600)
+    frame = Frame(kind=Kind.KEY_STORE, header={"circuit": digest}, body=salt + nonce + body)
+    replace_file(path, encode(frame), mode=0o600)
 
 
 def load_keys(circuit: PublicCircuit, path: Path, passphrase: bytes) -> EncryptedClient:

@@ -28,8 +28,10 @@ class KeyPlan:
         """Bytes of these keys on the wire."""
         primes, degree = parameters.primes, parameters.degree
         levels = [level for _, level in self.rotations] + [self.relinearisation] * bool(self.relinearisation)
-        return 2 * packed_bytes(primes[:1], degree) + sum(
-            level * (SEED_BYTES + packed_bytes((*primes[:level], primes[-1]), degree)) for level in levels
+        return (
+            SEED_BYTES
+            + packed_bytes(primes[:1], degree)
+            + sum(level * (SEED_BYTES + packed_bytes((*primes[:level], primes[-1]), degree)) for level in levels)
         )
 
 
@@ -50,9 +52,7 @@ def read_keys(ring: Ring, parameters: Parameters, plan: KeyPlan, parts: Sequence
     """
     if len(parts) != plan.parts():
         raise EncryptedError(f"keys: got {len(parts)} of them, expected {plan.parts()}")
-    public = ring.from_seal(
-        unpack(parts[0], parameters.primes[:1], ring.degree, polynomials=2, what="public key"), ring.chosen(1)
-    )
+    public = _read_pair(ring, parameters.primes[:1], ring.chosen(1), parts[0], "public key")
     rest = list(parts[1:])
     relinearisation = None
     if plan.relinearisation:
@@ -66,6 +66,8 @@ def read_keys(ring: Ring, parameters: Parameters, plan: KeyPlan, parts: Sequence
 
 def _read_pair(ring: Ring, drawn: Sequence[int], chosen: Indices, part: bytes, what: str) -> Residues:
     primes = [ring.primes[k] for k in chosen]
+    if len(part) != SEED_BYTES + packed_bytes(primes, ring.degree):
+        raise WireError(f"{what}: got {len(part)} bytes, expected {SEED_BYTES + packed_bytes(primes, ring.degree)}")
     first = unpack(part[SEED_BYTES:], primes, ring.degree, polynomials=1, what=what)[0]
     second = uniform_residues(part[:SEED_BYTES], tuple(drawn), ring.degree)[chosen]
     return np.stack([ring.from_seal(first, chosen), ring.from_seal(second, chosen)])

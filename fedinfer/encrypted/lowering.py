@@ -4,6 +4,7 @@ Scales are followed exactly: a map's plaintexts take whatever scale brings their
 wants, so nothing drifts, and a source from further up is brought down by a whole factor.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from fedinfer.encrypted.chain import Chain
+from fedinfer.encrypted.chain import STRETCH, Chain
 from fedinfer.encrypted.circuit import MapStep, PrivateCircuit, ProductStep, PublicCircuit, PublicInput, Step, WideStep
 from fedinfer.encrypted.evaluator import Term
 from fedinfer.encrypted.graph import Affine, Input, Product, Value, in_order, sources_of
@@ -26,9 +27,12 @@ Aligned = Mapping[Value, tuple[int, float]]
 
 def lower(
     output: Value, depths: Mapping[Value, int], chain: Chain, packing: Packing | None,
-    shapes: Sequence[tuple[int, ...]], about: Mapping[str, Any],
-) -> tuple[PublicCircuit, PrivateCircuit]:  # fmt: skip
-    """The circuit of `output`: packed into slots, or without a packing one ciphertext an element and a row a slot."""
+    shapes: Sequence[tuple[int, ...]], flooding: float, about: Mapping[str, Any],
+) -> tuple[PublicCircuit, PrivateCircuit, float]:  # fmt: skip
+    """The circuit of `output`: packed into slots, or without a packing one ciphertext an element and a row a slot.
+
+    The last number is how many slots add up to an output.
+    """
     parameters = chain.parameters
     values = in_order(output)
     inputs = sorted((v for v in values if isinstance(v, Input)), key=lambda v: v.index)
@@ -76,7 +80,7 @@ def lower(
             PublicInput(
                 shape=shapes[v.index],
                 layout=Layout(held=np.arange(v.size)[:, None]) if packing is None else packing.layouts[v],
-                bound=2.0 ** np.ceil(np.log2(max(v.bound, 1e-9)) + 1),
+                bound=_rounded_up(STRETCH * max(v.bound, 1e-9)),
             )
             for v in inputs
         ),
@@ -85,10 +89,16 @@ def lower(
         classes=parameters.slots if packed is None else packed.period,
         answers=output.size if packed is None else len(packed.gathered),
         scale=final,
-        error=chain.error,
+        error=chain.error(ratio, flooding),
         about=about,
     )
-    return public, PrivateCircuit(steps=tuple(steps), flood=0.0)
+    return public, PrivateCircuit(steps=tuple(steps), flood=0.0), ratio
+
+
+def _rounded_up(number: float) -> float:
+    """To two bits, which say no more of the calibration data than they must."""
+    unit = 2.0 ** (math.floor(math.log2(number)) - 2)
+    return math.ceil(number / unit) * unit
 
 
 def _ratio(packed: PackedMap, packing: Packing, output: Value, slots: int) -> float:

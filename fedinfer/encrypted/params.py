@@ -56,7 +56,9 @@ class Parameters:
                 f"parameters: got primes of {self.prime_bits} bits, "
                 f"expected some of {MIN_PRIME_BITS} to {MAX_PRIME_BITS}"
             )
-        if not 10 <= self.scale_bits < sum(self.prime_bits[: self.levels]):
+        if len(self.prime_bits) > 1 and not self.special:
+            raise EncryptedError(f"parameters: got {len(self.prime_bits)} primes without one for key switching")
+        if not 10 <= self.scale_bits <= sum(self.prime_bits[: self.levels]) - 2:
             raise EncryptedError(f"parameters: got a scale of {self.scale_bits} bits, expected 10 or more that fit")
 
     @property

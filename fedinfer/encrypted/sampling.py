@@ -37,21 +37,20 @@ def _binomial(count: int) -> Floats:
     return out
 
 
-def uniform_floats(count: int) -> Floats:
-    """Uniform numbers in [-1, 1)."""
-    words = np.frombuffer(os.urandom(8 * count), "<u8") >> np.uint64(11)
-    out: Floats = words.astype(np.float64) * 2.0**-52 - 1.0
-    return out
-
-
 def wide_noise(count: int, largest: float) -> Floats:
-    """Uniform whole numbers from -largest to largest; zeros if that is zero."""
-    if largest < 1.0:
-        return np.zeros(count)
-    return np.rint(uniform_floats(count) * largest)
+    """Uniform whole numbers from -largest to largest, at most 2^52; zeros if that is below one."""
+    span = 2 * int(largest) + 1
+    # Words from the last incomplete span on would favour small numbers.
+    limit = np.uint64((1 << 64) // span * span - 1)
+    out = np.zeros(0, np.uint64)
+    while len(out) < count:
+        words = np.frombuffer(os.urandom(8 * count), "<u8")
+        out = np.concatenate([out, words[words <= limit]])
+    return (out[:count] % np.uint64(span)).astype(np.float64) - int(largest)
 
 
 def gaussian(count: int) -> Floats:
     """Standard normal numbers, by the inverse of their distribution function."""
-    out: Floats = ndtri((uniform_floats(count) + 1.0 + 2.0**-53) / 2.0)
+    words = np.frombuffer(os.urandom(8 * count), "<u8") >> np.uint64(12)
+    out: Floats = ndtri((words.astype(np.float64) + 0.5) * 2.0**-52)
     return out

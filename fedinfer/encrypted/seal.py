@@ -100,20 +100,13 @@ class _Reader:
             raise EncryptedError("SEAL: got seeds of another generator, expected Blake2Xb")
         return first, self.take(SEED_BYTES)
 
-    def whole(self) -> NDArray[np.uint64]:
-        """Both polynomials (2, primes, N) of a ciphertext."""
-        _, _, polynomials, degree, levels, _, _ = CIPHERTEXT.unpack(self.take(CIPHERTEXT.size))
-        self.skip_header()
-        self.integer()
-        return np.frombuffer(self.take(8 * polynomials * levels * degree), "<u8").reshape(polynomials, levels, degree)
-
     def end(self) -> None:
         if self._at != len(self._data):
             raise EncryptedError("SEAL: got an object of another format than that of version 4")
 
 
 class SealSecretSide:
-    """A fresh secret key and what can be done with it. It is not printed, copied or written anywhere."""
+    """A secret key and what can be done with it. It is not printed or copied, and written by `key_store` alone."""
 
     def __init__(self, parameters: Parameters, plan: KeyPlan, stored: bytes | None = None) -> None:
         literal = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
@@ -156,11 +149,17 @@ class SealSecretSide:
         return parts
 
     def _public_key(self) -> bytes:
-        # The bindings give it with both polynomials drawn out, so its second half is sent too.
-        key = seal.PublicKey()
-        self._generator.create_public_key(key)
-        reader = _Reader(_saved(key))
-        return pack(reader.whole()[:, :1], self._parameters.primes[:1])
+        """An encryption of zero at level one. The server draws its second polynomial from the seed.
+
+        So no client can choose it, and a product with a ternary polynomial hides what it is added to, whatever the
+        first polynomial is.
+        """
+        plain = seal.Plaintext()
+        self._encoder.encode(0.0, self._context.last_parms_id(), 1.0, plain)
+        reader = _Reader(_saved(self._encryptor.encrypt_symmetric(plain)))
+        first, seed = reader.seeded()
+        reader.end()
+        return seed + pack(first, self._parameters.primes[:1])
 
     def _switching_keys(self, keys: Any) -> list[list[tuple[NDArray[np.uint64], bytes]]]:
         reader, found = _Reader(_saved(keys)), []

@@ -14,7 +14,7 @@ from torch import nn
 from fedinfer.encrypted import Compiled, EncryptedClient, EncryptedEngine, compile_model
 from fedinfer.encrypted.circuit import MapStep
 from fedinfer.encrypted.evaluator import Ciphertext
-from fedinfer.encrypted.frames import packed_bytes, split, unpack
+from fedinfer.encrypted.frames import join, packed_bytes, split, unpack
 from fedinfer.encrypted.residues import ResidueServerSide
 from fedinfer.encrypted.ring import Ring, held_by, held_for, ring_of
 from fedinfer.wire import Kind
@@ -88,6 +88,42 @@ def test_a_rerandomised_answer_gives_none() -> None:
     found = weights_by_ratio(asked, ring.from_seal(second, ring.chosen(1))[0], compiled)
     assert (np.abs(found - net.weight.detach().numpy()[0]) < 1e-2).sum() <= 2
     assert session.run(query) != session.run(query)
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_public_key_of_zeros_does_not_switch_the_randomness_off(seeded: bool) -> None:
+    """A client that may choose both polynomials sends zeros, averages the errors of many answers away, and divides.
+
+    Ours chooses one of them only; the server draws the other from its seed.
+    """
+    net, compiled = served()
+    client = EncryptedClient.generate(compiled.public)
+    public = compiled.public
+    kinds = {"max_bytes": 1 << 26, "max_parts": 99}
+    parts = split(client.evaluation_keys(), Kind.EVALUATION_KEYS, public.digest, **kinds)
+    parts[0] = bytes(len(parts[0]))
+    session = EncryptedEngine(compiled, workers=1).open(join(Kind.EVALUATION_KEYS, public.digest, parts))
+    side = session._server
+    if not seeded:
+        side._keys.public[:] = 0.0  # type: ignore[attr-defined]
+    query = client.encrypt(np.ones((1, INPUTS)) * 0.5)
+    ring, prime = ring_of(public.parameters, public.parameters.primes), public.parameters.primes[0]
+    chosen, size = ring.chosen(1), packed_bytes((prime,), ring.degree)
+
+    def second() -> np.ndarray:
+        (answer,) = split(session.run(query), Kind.ANSWER, public.digest, **kinds)
+        words = unpack(answer[:size], (prime,), ring.degree, polynomials=1, what="answer")[0]
+        return ring.inverse(ring.from_seal(words, chosen), chosen)[0]
+
+    first, total, count = second(), np.zeros(ring.degree), 100 if seeded else 1200
+    for _ in range(count):
+        difference = second() - first
+        total += difference - prime * np.rint(difference / prime)
+    exact = np.mod(first + np.rint(total / count), prime)
+    (part,) = split(query, Kind.QUERY, public.digest, **kinds)
+    found = weights_by_ratio(side.read(part).parts[1, 0], ring.forward(exact, chosen)[0], compiled)
+    near = np.abs(found - net.weight.detach().numpy()[0]) < 1e-3
+    assert near.sum() <= 1 if seeded else near.all()
 
 
 def test_the_slots_of_one_naive_answer_give_every_weight() -> None:

@@ -1,5 +1,6 @@
 """Compiled networks answer as torch does, on the clear scheme and under CKKS, and say so when they cannot."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -17,10 +18,13 @@ from fedinfer.encrypted import (
     PublicCircuit,
     StatisticalFlooding,
     compile_model,
+    noise,
 )
+from fedinfer.encrypted.circuit import execute
 from fedinfer.encrypted.clear import InsecureClear
-from fedinfer.encrypted.params import MAX_BITS_128
-from fedinfer.encrypted.scheme import Scheme
+from fedinfer.encrypted.params import MAX_BITS_128, Parameters
+from fedinfer.encrypted.ring import held_for
+from fedinfer.encrypted.scheme import Scheme, TenSeal
 from fedinfer.errors import BadUsage, CompileError, EncryptedError, NonFinite, ShapeMismatch
 from tests.encrypted.networks import Square, networks
 
@@ -140,6 +144,31 @@ def test_arguments_that_cannot_be_right_are_refused() -> None:
         StatisticalFlooding(bits=0)
 
 
+def test_a_deep_network_does_not_wrap_within_the_range_of_its_inputs() -> None:
+    net, shapes = NETWORKS["deep and narrow"]
+    one = compiled("deep and narrow")
+    (rows,) = rows_of(shapes)
+    largest = rows[:2] * (one.public.inputs[0].bound / float(rows.abs().max()))
+    features = (largest.numpy(),)
+    error = np.abs(asked(one, features, None) - plain(net, features)).max()
+    assert error <= 0.05 * np.abs(plain(net, features)).max()
+
+
+def test_keys_need_a_special_prime_and_released_noise_a_floor() -> None:
+    with pytest.raises(EncryptedError, match="without one for key switching"):
+        Parameters(degree=2048, prime_bits=(32, 20), special=False, scale_bits=20.0)
+    with pytest.raises(EncryptedError, match="do not fit"):
+        dataclasses.replace(compiled("logistic 30").public, error=0.0)
+    weak = dataclasses.replace(compiled("logistic 30").public, error=1e-300)
+    client = EncryptedClient.generate(weak)
+    one = dataclasses.replace(compiled("logistic 30"), public=weak)
+    answer = EncryptedEngine(one).open(client.evaluation_keys()).run(client.encrypt(np.zeros((1, 30))))
+    released = np.array([client.release(answer, releases=1000, bits=8)[0, 0] for _ in range(50)])
+    assert released.std() > 50 * 5 * noise.answered(weak.parameters.degree, 1) / weak.scale
+    with pytest.raises(BadUsage, match="got 50 releases and 8 bits, expected 51"):
+        client.release(answer, releases=50, bits=8)
+
+
 def test_features_that_do_not_fit_are_refused() -> None:
     client = EncryptedClient.generate(compiled("logistic 30").public, InsecureClear())
     with pytest.raises(ShapeMismatch):
@@ -165,6 +194,33 @@ def test_throughput_gives_every_row_a_slot(name: str) -> None:
     if name == "mlp 30-64-2":
         error = np.abs(asked(one, features, None) - plain(net, features)).max()
         assert error <= 4 * one.public.error
+
+
+@pytest.mark.parametrize("name", ["logistic 30", "mlp 30-64-2", "three layers", "odd 37-53-11", "signal", "gated"])
+def test_a_flood_is_as_many_times_the_real_noise_as_it_says(name: str) -> None:
+    """Under CKKS, every number of an answer before re-randomisation and flooding, against exact arithmetic."""
+    bits = 12
+    net, shapes = NETWORKS[name]
+    rows = rows_of(shapes)
+    one = compile_model(
+        net.eval(), tuple(row[:1] for row in rows), calibration=rows, precision=0.1,
+        circuit_privacy=StatisticalFlooding(bits=bits),
+    )  # fmt: skip
+    public, scheme = one.public, TenSeal()
+    secret = scheme.secret_side(public.parameters, public.keys)
+    side = scheme.server_side(public.parameters, public.keys, secret.public_keys())
+    side._rerandomised = lambda parts: parts  # type: ignore[attr-defined]
+    few = [row[:6].double().reshape(6, -1).numpy() for row in rows]
+    exact = one.simulate(few, noise=None)
+    encoded, largest = one.encode(scheme), 0.0
+    for number in range(6):
+        parts = [side.read(secret.encrypt(slots)) for slots in public.pack([row[number : number + 1] for row in few])]
+        (answer,) = execute(one.private, encoded, side, public.split(parts))
+        got = secret.decrypt(side.write(answer, outputs=public.classes, flood=0.0), outputs=public.classes, scale=1.0)
+        wanted = np.zeros(public.classes)
+        wanted[: public.outputs] = exact[number] * public.scale
+        largest = max(largest, float(np.abs(held_for(got - wanted)).max()))
+    assert largest * 2**bits <= one.private.flood
 
 
 def test_flooding_costs_scale_and_keeps_the_precision() -> None:

@@ -216,12 +216,12 @@ def test_what_is_released_is_noisy_and_rounded() -> None:
     answer = session.run(client.encrypt(np.ones((2, 6)) * 0.25))
     plain = client.decrypt(answer)
     error = compiled().public.error
-    released = np.stack([client.release(answer, releases=100, bits=10) for _ in range(200)])
-    deviation = error * np.sqrt(1200.0) * 2.0**5
+    released = np.stack([client.release(answer, releases=1000, bits=10) for _ in range(200)])
+    deviation = error * np.sqrt(12000.0) * 2.0**5
     assert np.abs(released.mean(axis=0) - plain).max() < 0.4 * deviation
     assert 0.8 < (released - plain).std() / deviation < 1.2
     steps = released / (deviation / 4)
     assert np.abs(steps - np.rint(steps)).max() < 1e-6
-    assert client.labels(answer, releases=100, bits=2).shape == (2,)
+    assert client.labels(answer, releases=1000, bits=2).shape == (2,)
     with pytest.raises(BadUsage, match="got 1 releases"):
         client.release(answer, releases=1)
