@@ -163,7 +163,13 @@ def capture(
             found[node] = Symbol(base=value, shape=shape)
             count += 1
         elif node.op == "call_function":
-            found[node] = _call(node, found, approximation)
+            try:
+                with np.errstate(over="raise", invalid="raise"):
+                    found[node] = _call(node, found, approximation)
+            except FloatingPointError:
+                raise CompileError(
+                    f"layer {_layer(node)}: got values above 1e308 on the calibration data, expected finite ones"
+                ) from None
         elif node.op == "output":
             (result,) = node.args
             outputs = result if isinstance(result, (tuple, list)) else (result,)

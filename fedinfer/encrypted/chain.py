@@ -26,9 +26,10 @@ Floats = NDArray[np.float64]
 GRIDS = (
     ((15, 18, 21, 24), (12, 15, 18, 21, 24), (22, 24, 26, 28, 30, 32, 34, 36), (22, 24, 26, 28, 30, 32, 34)),
     ((24, 28, 32, 36), (21, 24, 28, 32), (31, 36, 40, 44), (30, 36, 42)),
-    ((36, 40, 44), (30, 34, 38, 42, 46), (40, 42, 44, 45, 46, 47), (44, 46)),
+    ((36, 40, 44, 48), (30, 34, 38, 42, 46), (40, 42, 44, 46, 48, 50, 52, 54, 56), (44, 46, 50)),
 )
-ANSWER_BITS = (32, 36, 40, 44, 48)
+# Bits of what is left for the answer: one prime, or two where flooding needs the room.
+ANSWER_BITS = (32, 36, 40, 44, 48, 64, 72, 80, 88, 96)
 # Room for a sign and for values twice as large as the calibration data showed, with features stretched.
 HEADROOM_BITS = 2.0
 STRETCH = 1.25
@@ -241,14 +242,15 @@ class _Scan:
         each = np.array(
             [np.divide(b, c, out=np.zeros_like(b), where=c > 0) for b, c in zip(dropped, counts, strict=True)]
         )
-        largest = np.maximum(answer, np.ceil(each).max(axis=0))
+        left_over = 1.0 + (answer > MAX_PRIME_BITS)
+        largest = np.maximum(np.ceil(answer / left_over), np.ceil(each).max(axis=0))
         data = answer + np.sum(dropped, axis=0)
         # A special prime larger than the others keeps key switching quiet, and costs no time.
         roomy = np.minimum(largest + SPECIAL_BITS, np.maximum(largest, wanted.allowed_bits - data))
         special = np.minimum(MAX_PRIME_BITS, roomy) if self._special else nothing
         fits = np.isfinite(answer) & (data + special <= wanted.allowed_bits)
         if not self._special:
-            fits &= data == answer
+            fits &= (data == answer) & (left_over == 1)
         for i in range(1, depth + 1):
             if pattern[i - 1]:
                 fits &= (dropped[i] >= MIN_PRIME_BITS) & (np.floor(each[i]) >= MIN_PRIME_BITS)
@@ -256,7 +258,7 @@ class _Scan:
             fits &= tops[i] + steps[i].bound_bits + HEADROOM_BITS <= left
         self._tops, self._scales = np.array(tops)[:, fits], np.array(scales)[:, fits]
         self._dropped, self._counts = np.array(dropped)[:, fits], np.array(counts)[:, fits]
-        self._answer, self._key = answer[fits], special[fits]
+        self._answer, self._left_over, self._key = answer[fits], left_over[fits], special[fits]
         self.total = (data + special)[fits]
         self._circuit, self._last = self._deviations(steps, plain[fits], last[fits])
         self._zero = noise.answered(wanted.degree, wanted.outputs) * 2.0 ** -self._scales[-1]
@@ -270,7 +272,8 @@ class _Scan:
         low, high = np.floor(self._dropped / np.maximum(self._counts, 1)), np.zeros_like(self._dropped)
         high = self._dropped - low * self._counts
         powers = high * 4.0 ** (low + 1 - self._key) + (self._counts - high) * 4.0 ** (low - self._key)
-        left = np.cumsum(powers[::-1], axis=0)[::-1] + 4.0 ** (self._answer - self._key)
+        kept = self._left_over * 4.0 ** (self._answer / self._left_over - self._key)
+        left = np.cumsum(powers[::-1], axis=0)[::-1] + kept
         switched = (
             self._special * degree * noise.ERROR_DEVIATION * np.sqrt(np.vstack([left, left[-1:] - powers[-1:]]) / 12.0)
         )
@@ -300,7 +303,7 @@ class _Scan:
         order = exact[np.lexsort((error[exact], self.total[exact]))]
         seen: set[bytes] = set()
         for index in order:
-            levels = self._counts[:, index].tobytes()
+            levels = self._counts[:, index].tobytes() + self._left_over[index].tobytes()
             if levels not in seen:
                 chain = self._chain(int(index))
                 if chain is not None:
@@ -312,8 +315,9 @@ class _Scan:
         counts = self._counts[:, index].astype(int).tolist()
         for bits, count in zip(self._dropped[:, index].astype(int).tolist(), counts, strict=True):
             primes += [bits // count + (k < bits % count) for k in range(count)]
-        data = [int(self._answer[index]), *reversed(primes)]
-        before = [1 + sum(counts[i:]) for i in range(len(counts))]
+        answer, left_over = int(self._answer[index]), int(self._left_over[index])
+        data = [*([answer] if left_over == 1 else [answer // 2] * 2), *reversed(primes)]
+        before = [left_over + sum(counts[i:]) for i in range(len(counts))]
         try:
             parameters = Parameters(
                 degree=self._degree, prime_bits=(*data, int(self._key[index])) if self._special else tuple(data),

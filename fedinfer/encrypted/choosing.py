@@ -97,7 +97,7 @@ def _pack(
 ) -> Packing:
     parameters = chain.parameters
     size = {
-        level: KeyPlan(relinearisation=level, rotations=()).size_bytes(parameters)
+        level: KeyPlan(answer=1, relinearisation=level, rotations=()).size_bytes(parameters)
         for level in range(1, parameters.levels + 1)
     }
     products = [chain.before[depth] for value, depth in depths.items() if isinstance(value, Product)]

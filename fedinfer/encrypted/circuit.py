@@ -30,6 +30,7 @@ MAX_CIRCUIT_BYTES = 1 << 24
 MAX_LAYOUT_BYTES = 1 << 26
 MAX_ROWS = 64
 MAX_ROTATIONS = 4096
+MAX_ANSWER_LEVEL = 2
 # A header says the size of each part in digits.
 HEADER_BYTES = 1 << 12
 SIZE_DIGITS = 12
@@ -80,6 +81,7 @@ class PublicCircuit:
             and self.rows in (1, slots)
             and 1 <= self.outputs <= (self.classes * self.answers if self.rows == 1 else self.answers)
             and (self.rows == 1 or (self.classes == slots and not self.keys.rotations))
+            and 1 <= self.keys.answer <= min(levels, MAX_ANSWER_LEVEL)
             and 0 <= self.keys.relinearisation <= levels
             and len(self.keys.rotations) <= MAX_ROTATIONS
             and len({step for step, _ in self.keys.rotations}) == len(self.keys.rotations)
@@ -141,7 +143,7 @@ class PublicCircuit:
     @property
     def max_answer_bytes(self) -> int:
         """Bytes of the largest answer, with room for its header."""
-        each = packed_bytes(self.parameters.primes[:1], self.parameters.degree + self.classes)
+        each = packed_bytes(self.parameters.primes[: self.keys.answer], self.parameters.degree + self.classes)
         return HEADER_BYTES + (each + SIZE_DIGITS) * self.answers * self.groups(self.max_rows)
 
     def to_bytes(self) -> bytes:
@@ -154,6 +156,7 @@ class PublicCircuit:
         header = {
             "format": FORMAT,
             "parameters": {**asdict(self.parameters), "prime_bits": list(self.parameters.prime_bits)},
+            "answer_level": self.keys.answer,
             "relinearisation": self.keys.relinearisation,
             "rotations": [list(pair) for pair in self.keys.rotations],
             "inputs": [
@@ -193,6 +196,7 @@ class PublicCircuit:
             circuit = cls(
                 parameters=parameters,
                 keys=KeyPlan(
+                    answer=int(fields["answer_level"]),
                     relinearisation=int(fields["relinearisation"]),
                     rotations=tuple((int(step), int(level)) for step, level in fields["rotations"]),
                 ),

@@ -15,8 +15,9 @@ from fedinfer.errors import EncryptedError, WireError
 
 @dataclass(frozen=True, kw_only=True)
 class KeyPlan:
-    """Public: the highest level that relinearises (0 if none does) and each rotation's steps with its highest level."""
+    """Public: the level of answers, the highest that relinearises (0: none does), each rotation's steps and highest."""
 
+    answer: int
     relinearisation: int
     rotations: tuple[tuple[int, int], ...]
 
@@ -30,14 +31,14 @@ class KeyPlan:
         levels = [level for _, level in self.rotations] + [self.relinearisation] * bool(self.relinearisation)
         return (
             SEED_BYTES
-            + packed_bytes(primes[:1], degree)
+            + packed_bytes(primes[: self.answer], degree)
             + sum(level * (SEED_BYTES + packed_bytes((*primes[:level], primes[-1]), degree)) for level in levels)
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationKeys:
-    """A client's public keys, read: `public` (2, 1, N) at level one; the others (digits, 2, primes, N)."""
+    """A client's public keys, read: `public` (2, level, N) at that of answers; the others (digits, 2, primes, N)."""
 
     public: Residues
     relinearisation: Residues | None
@@ -52,7 +53,7 @@ def read_keys(ring: Ring, parameters: Parameters, plan: KeyPlan, parts: Sequence
     """
     if len(parts) != plan.parts():
         raise EncryptedError(f"keys: got {len(parts)} of them, expected {plan.parts()}")
-    public = _read_pair(ring, parameters.primes[:1], ring.chosen(1), parts[0], "public key")
+    public = _read_pair(ring, ring.primes[: plan.answer], ring.chosen(plan.answer), parts[0], "public key")
     rest = list(parts[1:])
     relinearisation = None
     if plan.relinearisation:

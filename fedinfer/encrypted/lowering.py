@@ -75,7 +75,7 @@ def lower(
     final = scales[output] / ratio
     public = PublicCircuit(
         parameters=parameters,
-        keys=KeyPlan(relinearisation=relinearisation, rotations=rotations),
+        keys=KeyPlan(answer=chain.after[depths[output]], relinearisation=relinearisation, rotations=rotations),
         inputs=tuple(
             PublicInput(
                 shape=shapes[v.index],

@@ -73,16 +73,20 @@ class ResidueServerSide:
         says exactly nothing of all other slots; `outputs` is a power of two, and the last map has no weights for those
         beyond what the network has. `flood` is the largest noise, in units of the ciphertext, that each is given.
         """
-        ring, prime = self._ring, self._ring.primes[0]
+        ring, level = self._ring, answer.level
+        primes, chosen = ring.primes[:level], ring.chosen(level)
         parts = self._rerandomised(answer.parts)
-        chosen = ring.chosen(1)
-        held = held_by(ring.inverse(parts[0], chosen)[0][:: ring.degree // (2 * outputs)])
-        held = np.mod(held + wide_noise(outputs, flood), float(prime)).astype(np.uint64)
-        return frames.pack(ring.to_seal(parts[1], chosen), (prime,)) + frames.pack(held[None], (prime,))
+        coefficients = ring.inverse(parts[0], chosen)[:, :: ring.degree // (2 * outputs)]
+        drawn = wide_noise(outputs, flood)
+        held = [
+            np.mod(held_by(row).astype(np.int64) + np.array([number % prime for number in drawn]), prime)
+            for row, prime in zip(coefficients, primes, strict=True)
+        ]
+        return frames.pack(ring.to_seal(parts[1], chosen), primes) + frames.pack(np.stack(held), primes)
 
     def _rerandomised(self, parts: Any) -> Any:
         """Add an encryption of zero under the client's public key: u * key + errors, u and the errors fresh."""
-        ring, chosen = self._ring, self._ring.chosen(1)
+        ring, chosen = self._ring, self._ring.chosen(parts.shape[1])
         u, *errors = (ring.forward(poly, chosen) for poly in ternary_and_errors(ring.degree))
         out = parts.copy()
         for k, error in enumerate(errors):

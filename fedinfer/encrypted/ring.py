@@ -5,6 +5,8 @@ value at zeta^(3^i), zeta a primitive 2N-th root of one, so that rotating by k s
 Reference: Cheon et al. 2017, eprint 2016/421; SEAL 4.1 manual for the order of slots.
 """
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -135,6 +137,12 @@ class Ring:
         kernels.transform_all(values, chosen, *self.factors, self.p)
         return values
 
+    def transformed(self, residues: Floats, chosen: Indices) -> Residues:
+        """Coefficients (n, N), row i modulo prime i, below it, as NTT residues."""
+        values = residues.copy()
+        kernels.transform_all(values, chosen, *self.factors, self.p)
+        return values
+
     def inverse(self, values: Residues, chosen: Indices) -> Residues:
         """Coefficients, centred, of NTT residues (n, N)."""
         out = values.copy()
@@ -181,6 +189,16 @@ def held_by(coefficients: Floats) -> Floats:
     out = coefficients[:q].copy()
     out[1:] -= coefficients[:q:-1]
     return out
+
+
+def joined(rows: Sequence[Floats], primes: Sequence[int]) -> Floats:
+    """Whole numbers around zero from their residues modulo each prime, by the Chinese remainder theorem."""
+    modulus = math.prod(primes)
+    if len(primes) == 1:
+        return np.asarray(rows[0] - primes[0] * np.rint(rows[0] / primes[0]), np.float64)
+    factors = [modulus // prime * pow(modulus // prime, -1, prime) for prime in primes]
+    whole = [sum(int(x) * f for x, f in zip(column, factors, strict=True)) % modulus for column in np.stack(rows).T]
+    return np.array([float(x - modulus if x > modulus // 2 else x) for x in whole])
 
 
 def outputs_of(held: Floats) -> Floats:

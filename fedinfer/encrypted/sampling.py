@@ -4,6 +4,7 @@ Reference: SEAL 4 for the distributions: u uniform in {-1, 0, 1}; errors centred
 """
 
 import os
+import secrets
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,16 +38,10 @@ def _binomial(count: int) -> Floats:
     return out
 
 
-def wide_noise(count: int, largest: float) -> Floats:
-    """Uniform whole numbers from -largest to largest, at most 2^52; zeros if that is below one."""
-    span = 2 * int(largest) + 1
-    # Words from the last incomplete span on would favour small numbers.
-    limit = np.uint64((1 << 64) // span * span - 1)
-    out = np.zeros(0, np.uint64)
-    while len(out) < count:
-        words = np.frombuffer(os.urandom(8 * count), "<u8")
-        out = np.concatenate([out, words[words <= limit]])
-    return (out[:count] % np.uint64(span)).astype(np.float64) - int(largest)
+def wide_noise(count: int, largest: float) -> list[int]:
+    """Uniform whole numbers from -largest to largest, of any size; zeros if that is below one."""
+    half = int(largest)
+    return [secrets.randbelow(2 * half + 1) - half for _ in range(count)] if half else [0] * count
 
 
 def gaussian(count: int) -> Floats:

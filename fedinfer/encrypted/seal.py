@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedinfer.encrypted.frames import pack, packed_bytes, unpack
 from fedinfer.encrypted.keys import KeyPlan
 from fedinfer.encrypted.params import Parameters
-from fedinfer.encrypted.ring import held_by, outputs_of, ring_of
+from fedinfer.encrypted.ring import held_by, joined, outputs_of, ring_of
 from fedinfer.encrypted.xof import SEED_BYTES
 from fedinfer.errors import EncryptedError
 
@@ -126,7 +126,10 @@ class SealSecretSide:
         self._encoder = seal.CKKSEncoder(self._context)
         self._encryptor = seal.Encryptor(self._context, secret)
         self._decryptor = seal.Decryptor(self._context, secret)
-        self._last_id = struct.pack("<4Q", *self._context.last_context_data().parms_id())
+        data = self._context.last_context_data()
+        for _ in range(plan.answer - 1):
+            data = data.prev_context_data()
+        self._answer_id = data.parms_id()
         self._version = _version(literal)
 
     def __reduce__(self) -> NoReturn:
@@ -149,17 +152,17 @@ class SealSecretSide:
         return parts
 
     def _public_key(self) -> bytes:
-        """An encryption of zero at level one. The server draws its second polynomial from the seed.
+        """An encryption of zero at the level of answers. The server draws its second polynomial from the seed.
 
         So no client can choose it, and a product with a ternary polynomial hides what it is added to, whatever the
         first polynomial is.
         """
         plain = seal.Plaintext()
-        self._encoder.encode(0.0, self._context.last_parms_id(), 1.0, plain)
+        self._encoder.encode(0.0, self._answer_id, 1.0, plain)
         reader = _Reader(_saved(self._encryptor.encrypt_symmetric(plain)))
         first, seed = reader.seeded()
         reader.end()
-        return seed + pack(first, self._parameters.primes[:1])
+        return seed + pack(first, self._parameters.primes[: self._plan.answer])
 
     def _switching_keys(self, keys: Any) -> list[list[tuple[NDArray[np.uint64], bytes]]]:
         reader, found = _Reader(_saved(keys)), []
@@ -194,29 +197,25 @@ class SealSecretSide:
         An answer is the second polynomial in NTT form and only those coefficients of the first that hold an output.
         Raises: WireError if it has another size or a residue that is none.
         """
-        prime, degree = self._parameters.primes[0], self._parameters.degree
-        tail = packed_bytes((prime,), degree)
-        second = unpack(answer[:tail], (prime,), degree, polynomials=1, what="answer")[0, 0]
-        held = unpack(answer[tail:], (prime,), outputs, polynomials=1, what="answer")[0, 0]
-        ring = ring_of(self._parameters, self._parameters.primes)
-        coefficients = np.zeros(degree)
-        coefficients[:: degree // (2 * outputs)][:outputs] = held
-        chosen = ring.chosen(1)
-        first = ring.to_seal(ring.forward(coefficients, chosen), chosen)[0]
-        words = np.concatenate([first, second])
-        members = CIPHERTEXT.pack(self._last_id, 1, 2, degree, 1, scale, 1)
+        level, degree = self._plan.answer, self._parameters.degree
+        primes, ring = self._parameters.primes[:level], ring_of(self._parameters, self._parameters.primes)
+        tail, chosen, step = packed_bytes(primes, degree), ring.chosen(level), degree // (2 * outputs)
+        second = unpack(answer[:tail], primes, degree, polynomials=1, what="answer")[0]
+        held = unpack(answer[tail:], primes, outputs, polynomials=1, what="answer")[0]
+        coefficients = np.zeros((level, degree))
+        coefficients[:, ::step][:, :outputs] = held
+        words = np.stack([ring.to_seal(ring.transformed(coefficients, chosen), chosen), second]).reshape(-1)
+        members = CIPHERTEXT.pack(struct.pack("<4Q", *self._answer_id), 1, 2, degree, level, scale, 1)
         array = struct.pack("<Q", len(words)) + words.astype("<u8").tobytes()
         plain = seal.Plaintext()
         self._decryptor.decrypt(self._load(self._wrapped(members + self._wrapped(array))), plain)
         reader = _Reader(_saved(plain))
         reader.take(PLAINTEXT.size)
         reader.skip_header()
-        residues = np.frombuffer(reader.take(8 * reader.integer()), "<u8")
-        message = ring.inverse(ring.from_seal(residues[None], chosen), chosen)[0][:: degree // (2 * outputs)]
-        # The pair of coefficients i and -i has a meaning only together, and modulo the prime.
-        held = held_by(message)
-        held -= prime * np.rint(held / prime)
-        return outputs_of(held) / scale
+        residues = np.frombuffer(reader.take(8 * reader.integer()), "<u8").reshape(level, degree)
+        message = ring.inverse(ring.from_seal(residues, chosen), chosen)[:, ::step]
+        # The pair of coefficients i and -i has a meaning only together, and modulo the primes.
+        return outputs_of(joined([held_by(row) for row in message], primes)) / scale
 
     def _wrapped(self, members: bytes) -> bytes:
         return HEADER.pack(MAGIC, HEADER.size, *self._version, 0, 0, HEADER.size + len(members)) + members

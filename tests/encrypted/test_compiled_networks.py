@@ -28,6 +28,14 @@ from fedinfer.encrypted.scheme import Scheme, TenSeal
 from fedinfer.errors import BadUsage, CompileError, EncryptedError, NonFinite, ShapeMismatch
 from tests.encrypted.networks import Square, networks
 
+
+class Tenth(nn.Module):
+    """A map that keeps values near one through any number of squares."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.1 * x.flip(-1) + 0.9
+
+
 NETWORKS = networks()
 # Under real CKKS a few that between them use every operation; all of them run in the clear.
 REAL = ("logistic 30", "mlp 30-64-2", "odd 37-53-11", "residual", "gated", "signal", "cubic")
@@ -123,11 +131,12 @@ def test_random_networks_compile_to_themselves(drawn: tuple[nn.Module, list[tupl
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2)), (1, 8, 8), "layer 1: max_pool2d .* AvgPool2d"),
         (nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=1)), (4,), "layer 1: softmax .* logits"),
         (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (4,), "layer 1: layer_norm .* BatchNorm"),
-        (nn.Sequential(*[part for _ in range(24) for part in (nn.Linear(4, 4), Square())]), (4,), "bits more than"),
+        (nn.Sequential(*[part for _ in range(24) for part in (Tenth(), Square())]), (4,), "bits more than"),
+        (nn.Sequential(*[Square() for _ in range(16)], nn.Linear(4, 1)), (4,), "values above 1e308|bits more than"),
     ],
 )
 def test_what_has_no_encrypted_form_is_refused_by_name(net: nn.Module, shape: tuple[int, ...], message: str) -> None:
-    rows = torch.randn(8, *shape)
+    (rows,) = rows_of([shape], 8)
     with pytest.raises(CompileError, match=message):
         compile_model(net.eval(), rows[:1], calibration=rows)
 
