@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from fedinfer.cli.hospitals import Hospital, resume_or_start
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
 from fedinfer.cli.query import start_server
-from fedinfer.cli.stopping import stop_between_rounds, way_on
+from fedinfer.cli.stopping import stop_between_steps, way_on
 from fedinfer.cli.train import run_result, run_rounds
 from fedinfer.data import encode
 from fedinfer.data.heart import SCHEMA_PATH
@@ -80,10 +80,10 @@ def _walk(
     evaluation = Evaluation(
         seeds=range(seed, seed + (FAST_SEEDS if fast else SEEDS)), epsilons=EPSILONS, rounds=config.rounds
     )
-    with progress() as display:
-        headline = _train(config, hospitals, display, done)
+    with progress() as display, stop_between_steps() as check:
+        headline = _train(config, hospitals, display, done, check)
         with start_server(Path(config.out)) as wait_for_url:
-            _evaluate(evaluation, display)
+            _evaluate(evaluation, display, check)
             local = _predict_locally(Path(config.out), hospitals)
             encrypted = _ask(wait_for_url(), Path(config.out), hospitals, FAST_QUERIES if fast else QUERIES)
     return {
@@ -101,15 +101,13 @@ def _walk(
     }
 
 
-def _train(config: RunConfig, hospitals: Sequence[Hospital], display: Progress, done: int) -> dict[str, Any]:
+def _train(
+    config: RunConfig, hospitals: Sequence[Hospital], display: Progress, done: int, check: Callable[[], None]
+) -> dict[str, Any]:
     started = time.monotonic()
     nodes = [hospital.node for hospital in hospitals]
-    with stop_between_rounds() as check:
-        context = run_rounds(
-            config, nodes, display, f"training together, ε = {config.epsilon:g}", done=done, between=check
-        )
-        # Ctrl-C in the last round: nothing is left to train, but much of the demo is.
-        check()
+    title = f"training together, ε = {config.epsilon:g}"
+    context = run_rounds(config, nodes, display, title, done=done, between=check)
     result = run_result(context)
     plan = config.plan
     assert plan is not None
@@ -133,9 +131,15 @@ def _train(config: RunConfig, hospitals: Sequence[Hospital], display: Progress, 
     }
 
 
-def _evaluate(evaluation: Evaluation, display: Progress) -> None:
+def _evaluate(evaluation: Evaluation, display: Progress, check: Callable[[], None]) -> None:
     task = display.add_task("evaluating on public data", total=evaluation.steps)
-    evaluation.run(lambda: display.advance(task))
+
+    def advance() -> None:
+        display.advance(task)
+        check()
+
+    check()
+    evaluation.run(advance)
 
 
 def _predict_locally(model: Path, hospitals: Sequence[Hospital]) -> dict[str, Any]:

@@ -99,7 +99,10 @@ def ask_rows(url: str, rows: str, *, out: Path | None, schema_path: Path | None,
 def start_server(model: Path) -> Iterator[Callable[[], str]]:
     """Run `fedinfer serve` as a process of its own on a free port; the value waits for it and gives its URL."""
     command = [sys.executable, "-m", "fedinfer.cli", "serve", str(model), "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Ctrl-C on a terminal goes to a whole process group; this server is the caller's to stop.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
     def wait_for_url() -> str:
         assert process.stdout is not None

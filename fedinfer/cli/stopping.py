@@ -14,10 +14,11 @@ from fedinfer.settings import RunConfig
 
 
 @contextmanager
-def stop_between_rounds() -> Iterator[Callable[[], None]]:
-    """The first Ctrl-C lets the round end, so that no release is repeated; the second interrupts at once.
+def stop_between_steps() -> Iterator[Callable[[], None]]:
+    """The first Ctrl-C lets a step end, such as a round, so that no release is repeated; the second interrupts at once.
 
-    The value is to be called between rounds: it raises KeyboardInterrupt if Ctrl-C was pressed.
+    The value is to be called between steps: it raises KeyboardInterrupt if Ctrl-C was pressed. Raised anywhere, it may
+    be lost where compiled code asks Python something and clears any error.
     """
     asked = False
 
@@ -27,7 +28,7 @@ def stop_between_rounds() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked = True
         # A handler may run inside a write to standard error, which Python does not let it enter again.
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopping after this round; Ctrl-C again: now\n")
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopping after this step; Ctrl-C again: now\n")
 
     def check() -> None:
         if asked:

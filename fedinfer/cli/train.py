@@ -15,7 +15,7 @@ from fedinfer.cli.console import out as screen
 from fedinfer.cli.files import client_files, say_clamped
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
-from fedinfer.cli.stopping import stop_between_rounds, way_on
+from fedinfer.cli.stopping import stop_between_steps, way_on
 from fedinfer.data import Schema, Table, read_table
 from fedinfer.errors import BadInput, BadUsage, CheckpointError, ModelFileError
 from fedinfer.models import load
@@ -82,7 +82,7 @@ def train_model(
     out.parent.mkdir(parents=True, exist_ok=True)
     for path in make_ledgers(config, ledgers):
         note(f"{path}: no ledger yet, enrolled with a budget of ε = {config.epsilon:g}, δ = {config.delta:g}")
-    with progress() as display, stop_between_rounds() as check:
+    with progress() as display, stop_between_steps() as check:
         try:
             context = run_rounds(config, nodes, display, "training", done=done, between=check)
         except KeyboardInterrupt:

@@ -45,6 +45,7 @@ def test_ctrl_c_in_the_evaluation_leaves_the_training_done(tmp_path: Path, run: 
     args = ["demo", "--fast", "--rounds", 8, "--out", out]
     stopped = interrupt(args, when=(out / "model.safetensors").exists)
     assert stopped.code == 130
+    assert "stopping after this step" in stopped.err
     said = f"stopped; {out / 'checkpoint.safetensors'} holds round 8 of 8: the same command goes on"
     assert said in stopped.err
     assert stopped.err.endswith("interrupted\n")
@@ -60,5 +61,3 @@ def test_ctrl_c_in_the_evaluation_leaves_the_training_done(tmp_path: Path, run: 
     assert [ledger["releases"] for ledger in report["ledgers"]] == [8] * 4
     assert [path.name for path in (out / "devices").iterdir()] == [trained]
     assert not (out / "checkpoint.safetensors").exists()
-    assert run(*args).code == 0
-    assert len(list((out / "devices").iterdir())) == 2

@@ -21,7 +21,7 @@ from server.checkpoint import save_checkpoint
 from server.rounds import first_state
 from tests.cli.conftest import Run, checkpoint_of, interrupt
 
-ROUNDS = 400
+ROUNDS = 150
 
 
 def train_args(hospitals: Path, out: Path, *extra: object) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedinfer.cli.console import show_table
-from fedinfer.cli.stopping import stop_between_rounds, way_on
+from fedinfer.cli.stopping import stop_between_steps, way_on
 from fedinfer.models import load
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.settings import RunConfig
@@ -48,27 +48,27 @@ def test_a_table_is_never_cut(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_ends_the_round_and_the_run_goes_on_from_there(hospitals: Path, run: Run) -> None:
     out, schema = hospitals.parent / "model.safetensors", hospitals.parent / "schema.toml"
-    args = ["train", hospitals, "--schema", schema, "--out", out, "--rounds", 600]
+    args = ["train", hospitals, "--schema", schema, "--out", out, "--rounds", 200]
     checkpoint = out.with_name(out.name + ".checkpoint")
     stopped = interrupt(args, when=lambda: checkpoint_of(checkpoint)[1] >= 2)
     assert stopped.code == 130
-    assert "stopping after this round; Ctrl-C again: now" in stopped.err
+    assert "stopping after this step; Ctrl-C again: now" in stopped.err
     assert stopped.err.endswith("the same command with --resume goes on\ninterrupted\n")
     assert "Traceback" not in stopped.err
     assert not out.exists()
-    (whole,) = re.findall(r"holds round (\d+) of 600", stopped.err)
+    (whole,) = re.findall(r"holds round (\d+) of 200", stopped.err)
     for path in hospitals.glob("*.ledger"):
         with PrivacyLedger.open(path) as ledger:
             ledger.verify()
             (charged,) = ledger.summary().runs
         assert (charged.reserved, charged.committed, charged.repeated) == (int(whole), int(whole), 0)
     assert run(*args, "--resume").code == 0
-    assert load(out).privacy["rounds"] == 600
+    assert load(out).privacy["rounds"] == 200
 
 
 def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with stop_between_rounds() as check:
+    with stop_between_steps() as check:
         check()
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -88,13 +88,12 @@ def test_what_is_said_of_a_stopped_run_is_true(tmp_path: Path) -> None:
     assert way_on(config, "this") == f"stopped; {config.checkpoint} holds round 0 of 5: this goes on"
 
 
-def test_an_interrupted_command_says_so(tmp_path: Path) -> None:
+def test_an_interrupted_command_says_so(tmp_path: Path, run: Run) -> None:
     # It waits for rows that never come.
     rows = tmp_path / "rows"
     os.mkfifo(rows)
     model = tmp_path / "model.safetensors"
-    args = ["train", "--data", "heart-disease", "--rounds", 1, "--out", model]
-    assert interrupt(args, when=lambda: False).code == 0
+    assert run("train", "--data", "heart-disease", "--rounds", 1, "--out", model).code == 0
     began = time.monotonic()
     stopped = interrupt(["predict", model, rows], when=lambda: time.monotonic() > began + 3)
     assert (stopped.code, stopped.out, stopped.err) == (130, "", "interrupted\n")
