@@ -12,7 +12,7 @@ The heart-disease rows are fine-tuned twice: as public rows, and as private ones
 fine-tuning are releases of one `PrivacyPlan`, and the calibration rows are drawn from the public schema alone. The
 private rates were fixed on the stand-ins of `choose_settings`; the noise is fresh from the operating system each time.
 
-    python -m experiments.encrypted_mnist [--quick] [--only NAME ...] [--json FILE] [--out DIR]
+    python -m experiments.encrypted_mnist [--quick] [--only NAME ...] [--seeds N ...] [--json FILE] [--out DIR]
 """
 
 # %% What is run
@@ -454,12 +454,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, degree 2, half the epochs, no CNN circuit")
     names = [*NETWORKS, HEART]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these networks")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these divisions; 0, 1, 2 unless said")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--out", type=Path, help="write latency.png, bytes.png and error.png into this folder")
     options = parser.parse_args(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seeds, degrees = range(1 if options.quick else 3), DEGREES[: 1 if options.quick else 2]
+    seeds, degrees = options.seeds or range(1 if options.quick else 3), DEGREES[: 1 if options.quick else 2]
     sampled = 3 if options.quick else 16
     results = []
     for name in options.only:
