@@ -61,23 +61,22 @@ def interrupt(args: list[object], *, when: Callable[[], bool], how: signal.Signa
     """Run `fedinfer ARGS` as a terminal does, and signal its whole process group as soon as `when()`."""
     command = [sys.executable, "-m", "fedinfer.cli", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
         start_new_session=True,
-    )
-    try:
-        while process.poll() is None and not when():
-            time.sleep(0.001)
-        if process.poll() is None:
-            os.killpg(process.pid, how)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            while process.poll() is None and not when():
+                time.sleep(0.001)
+            if process.poll() is None:
+                os.killpg(process.pid, how)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     return Result(process.returncode, out, err)
 
 

@@ -94,6 +94,16 @@ def test_an_interrupted_command_says_so(tmp_path: Path, run: Run) -> None:
     os.mkfifo(rows)
     model = tmp_path / "model.safetensors"
     assert run("train", "--data", "heart-disease", "--rounds", 1, "--out", model).code == 0
-    began = time.monotonic()
-    stopped = interrupt(["predict", model, rows], when=lambda: time.monotonic() > began + 3)
+    writers: list[int] = []
+
+    def reading() -> bool:
+        # A pipe opens for writing as soon as somebody has it open for reading, and not before.
+        try:
+            writers.append(os.open(rows, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    stopped = interrupt(["predict", model, rows], when=reading)
+    os.close(writers[0])
     assert (stopped.code, stopped.out, stopped.err) == (130, "", "interrupted\n")
