@@ -68,6 +68,8 @@ def interrupt(args: list[object], *, when: Callable[[], bool], how: signal.Signa
         text=True,
         env=environment,
         start_new_session=True,
+        # Whoever runs the tests in the background of a shell has it ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             while process.poll() is None and not when():
