@@ -88,13 +88,17 @@ class Compiled:
 
         `noise` is a seed, or None for exact arithmetic.
         """
-        scheme, public = InsecureClear(noise), self.public
-        side = scheme.server_side(public.parameters, public.keys, [])
+        return self.answered(arguments, InsecureClear(noise), flood=0.0)
+
+    def answered(self, arguments: Sequence[Floats], scheme: Scheme, *, flood: float) -> Floats:
+        """Answers (n, outputs) to flat features under `scheme`, with fresh keys, in this process."""
+        public = self.public
         secret = scheme.secret_side(public.parameters, public.keys)
+        side = scheme.server_side(public.parameters, public.keys, secret.public_keys())
         encoded, numbers = self.encode(scheme), []
         parts = [side.read(secret.encrypt(slots)) for slots in public.pack(arguments)]
         for start in range(0, len(parts), public.ciphertexts):
             answers = execute(self.private, encoded, side, public.split(parts[start : start + public.ciphertexts]))
-            written = [side.write(answer, outputs=public.classes, flood=0.0) for answer in answers]
+            written = [side.write(answer, outputs=public.classes, flood=flood) for answer in answers]
             numbers += [secret.decrypt(data, outputs=public.classes, scale=public.scale) for data in written]
-        return public.unpack(numbers, len(arguments[0]))
+        return public.unpack(numbers, len(arguments[0])) if numbers else np.zeros((0, public.outputs))

@@ -131,12 +131,6 @@ class Evaluator:
         kernels.add(parts, product[:2], chosen, self._ring.p)
         return Ciphertext(parts=parts, scale=x.scale * y.scale)
 
-    def add(self, x: Ciphertext, y: Ciphertext) -> Ciphertext:
-        """The sum of two ciphertexts of one level and scale."""
-        parts = x.parts.copy()
-        kernels.add(parts, y.parts, self._ring.chosen(x.level), self._ring.p)
-        return Ciphertext(parts=parts, scale=x.scale)
-
     def add_plain(self, x: Ciphertext, plain: Residues) -> Ciphertext:
         """x plus a plaintext (level, N) of its scale."""
         parts = x.parts.copy()

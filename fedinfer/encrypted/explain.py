@@ -69,9 +69,9 @@ def explain(compiled: Compiled) -> Explanation:
     """Run one row (or as many as have a slot) under CKKS and in the clear, step by step, and take the time of each."""
     public, costs = compiled.public, Costs(degree=compiled.public.parameters.degree)
     arguments = compiled.sample(public.rows)
-    real, milliseconds, _ = _steps(compiled, arguments, TenSeal(), repeats=1 if public.rows > 1 else REPEATS)
-    _, _, exact = _steps(compiled, arguments, InsecureClear(), repeats=1)
-    _, _, noisy = _steps(compiled, arguments, InsecureClear(noise=0), repeats=1)
+    real, milliseconds = _steps(compiled, arguments, TenSeal(), repeats=1 if public.rows > 1 else REPEATS)
+    exact, _ = _steps(compiled, arguments, InsecureClear(), repeats=1)
+    noisy, _ = _steps(compiled, arguments, InsecureClear(noise=0), repeats=1)
     layers = []
     for step in compiled.private.steps:
         one, other = exact[step.target], noisy[step.target]
@@ -93,7 +93,8 @@ def explain(compiled: Compiled) -> Explanation:
 
 def _steps(
     compiled: Compiled, arguments: Sequence[Floats], scheme: Scheme, *, repeats: int
-) -> tuple[dict[int, Sequence[Any]], dict[int, float], dict[int, Sequence[Any]]]:
+) -> tuple[dict[int, Sequence[Any]], dict[int, float]]:
+    """The ciphertexts of every value, and the milliseconds of every step."""
     public = compiled.public
     secret = scheme.secret_side(public.parameters, public.keys)
     side: ServerSide = scheme.server_side(public.parameters, public.keys, secret.public_keys())
@@ -108,7 +109,7 @@ def _steps(
             values[step.target] = run_step(step, encoded.get(step.target), side, values, map)
             times.append(time.perf_counter() - start)
         took[step.target] = statistics.median(times) * 1e3
-    return values, took, values
+    return values, took
 
 
 def predicted_us(step: Step, costs: Costs, ciphertexts: int) -> float:

@@ -462,11 +462,6 @@ def _folds(fold: Fold, radix: int) -> tuple[tuple[int, ...], ...]:
     return tuple(out)
 
 
-def used_inputs(output: Value) -> list[Input]:
-    """The inputs that change the output, by their argument number."""
-    return sorted((v for v in in_order(output) if isinstance(v, Input)), key=lambda v: v.index)
-
-
 def depth_of(output: Value) -> dict[Value, int]:
     """How many maps and products lead to each value."""
     depths: dict[Value, int] = {}

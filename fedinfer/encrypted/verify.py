@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedinfer.encrypted.circuit import execute
 from fedinfer.encrypted.compiled import Compiled
 from fedinfer.encrypted.scheme import TenSeal
 
@@ -35,7 +34,8 @@ def verify(compiled: Compiled, arguments: Sequence[Floats], *, encrypted_rows: i
     """Flat features (n, size) for each input, all of them with noise and the first few under CKKS."""
     few = [argument[:encrypted_rows] for argument in arguments]
     exact = compiled.simulate(arguments, noise=None)
-    noisy, real = compiled.simulate(arguments, noise=0), _encrypted(compiled, few)
+    noisy = compiled.simulate(arguments, noise=0)
+    real = compiled.answered(few, TenSeal(), flood=compiled.private.flood)
     return Verification(
         rows=len(exact),
         clear_error=float(np.abs(noisy - exact).max()),
@@ -45,20 +45,6 @@ def verify(compiled: Compiled, arguments: Sequence[Floats], *, encrypted_rows: i
         encrypted_changed=_changed(real, exact[: len(real)]),
         stated_error=compiled.public.error,
     )
-
-
-def _encrypted(compiled: Compiled, arguments: Sequence[Floats]) -> Floats:
-    public, scheme = compiled.public, TenSeal()
-    secret = scheme.secret_side(public.parameters, public.keys)
-    side = scheme.server_side(public.parameters, public.keys, secret.public_keys())
-    encoded = compiled.encode(scheme) if compiled.encoded is None else compiled.encoded
-    parts = [side.read(secret.encrypt(slots)) for slots in public.pack(arguments)]
-    numbers = []
-    for start in range(0, len(parts), public.ciphertexts):
-        answers = execute(compiled.private, encoded, side, public.split(parts[start : start + public.ciphertexts]))
-        written = [side.write(x, outputs=public.classes, flood=compiled.private.flood) for x in answers]
-        numbers += [secret.decrypt(data, outputs=public.classes, scale=public.scale) for data in written]
-    return public.unpack(numbers, len(arguments[0])) if numbers else np.zeros((0, public.outputs))
 
 
 def _changed(got: Floats, expected: Floats) -> float:
