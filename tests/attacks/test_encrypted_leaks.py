@@ -11,12 +11,13 @@ import tenseal.sealapi as seal
 import torch
 from torch import nn
 
-from fedinfer.encrypted import Compiled, EncryptedClient, EncryptedEngine, compile_model
+from fedinfer.encrypted import Compiled, EncryptedClient, EncryptedEngine, compile_model, residues
 from fedinfer.encrypted.circuit import MapStep
 from fedinfer.encrypted.evaluator import Ciphertext
 from fedinfer.encrypted.frames import join, packed_bytes, split, unpack
 from fedinfer.encrypted.residues import ResidueServerSide
 from fedinfer.encrypted.ring import Ring, held_by, held_for, ring_of
+from fedinfer.encrypted.sampling import ternary_and_errors
 from fedinfer.wire import Kind
 
 INPUTS = 30
@@ -124,6 +125,28 @@ def test_a_public_key_of_zeros_does_not_switch_the_randomness_off(seeded: bool) 
     found = weights_by_ratio(side.read(part).parts[1, 0], ring.forward(exact, chosen)[0], compiled)
     near = np.abs(found - net.weight.detach().numpy()[0]) < 1e-3
     assert near.sum() <= 1 if seeded else near.all()
+
+
+@pytest.mark.parametrize("errors", [False, True])
+def test_two_answers_to_one_query_do_not_give_their_randomness(errors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their difference over the public key is that of two small polynomials, unless errors were added to each."""
+    _, compiled = served()
+    if not errors:
+        monkeypatch.setattr(residues, "ternary_and_errors", lambda n: (ternary_and_errors(n)[0], *np.zeros((2, n))))
+    client = EncryptedClient.generate(compiled.public)
+    session = EncryptedEngine(compiled).open(client.evaluation_keys())
+    query, public = client.encrypt(np.ones((1, INPUTS)) * 0.5), compiled.public
+    ring, prime = ring_of(public.parameters, public.parameters.primes), public.parameters.primes[0]
+    size, found = packed_bytes((prime,), ring.degree), []
+    for _ in range(2):
+        (answer,) = split(session.run(query), Kind.ANSWER, public.digest, max_bytes=1 << 26, max_parts=9)
+        words = unpack(answer[:size], (prime,), ring.degree, polynomials=1, what="answer")[0]
+        found.append(ring.from_seal(words, ring.chosen(1))[0])
+    key = session._server._keys.public[1, 0]  # type: ignore[attr-defined]
+    ratio = [int(a - b) * pow(int(k), -1, prime) % prime for a, b, k in zip(*found, key, strict=True)]
+    centred = np.array([r - prime if r > prime // 2 else r for r in ratio], np.float64)[None]
+    small = np.abs(ring.inverse(centred, ring.chosen(1))[0]) <= 2
+    assert small.mean() < 0.01 if errors else small.all()
 
 
 def test_the_slots_of_one_naive_answer_give_every_weight() -> None:
