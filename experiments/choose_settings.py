@@ -21,7 +21,7 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from fedinfer.inference import unsafe_auc
-from fedinfer.privacy import PrivacyPlan
+from fedinfer.privacy import Poisson, PrivacyPlan
 from fedinfer.settings import RunConfig
 
 Floats = NDArray[np.float64]
@@ -95,7 +95,7 @@ def train(clients: Sequence[Rows], candidate: Candidate, epsilon: float, seed: i
         epsilon=epsilon,
         delta=1e-5,
         steps=candidate.rounds,
-        sampling_rate=candidate.sampling_rate,
+        sampler=Poisson(rate=candidate.sampling_rate),
         clip_norm=candidate.clip_norm,
         divisor=divisor,
     )

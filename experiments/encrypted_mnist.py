@@ -43,7 +43,7 @@ from fedinfer.encrypted.graph import run
 from fedinfer.encrypted.polynomials import minimax
 from fedinfer.errors import BadUsage
 from fedinfer.inference import unsafe_auc
-from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient, os_noise
+from fedinfer.privacy import NoiseStream, Poisson, PrivacyPlan, clipped_gradient, os_noise
 from fedinfer.rules import FedSgd
 from fedinfer.training import logistic_loss
 
@@ -304,7 +304,12 @@ def descend(
 def private_networks(net: nn.Module, rows: Rows, public: Tensor) -> dict[str, nn.Module]:
     """From untrained ReLU to polynomials under one plan; the same number of releases with ReLU beside it."""
     plan = PrivacyPlan.calibrate(
-        epsilon=EPSILON, delta=DELTA, steps=PLAN_STEPS, sampling_rate=0.5, clip_norm=1.0, divisor=0.5 * EXAMPLES
+        epsilon=EPSILON,
+        delta=DELTA,
+        steps=PLAN_STEPS,
+        sampler=Poisson(rate=0.5),
+        clip_norm=1.0,
+        divisor=0.5 * EXAMPLES,
     )
     stream = os_noise()
     before = descend(net, rows, plan, stream, steps=PLAN_STEPS - PLAN_TUNE_STEPS, rate=PLAN_RATE)

@@ -11,8 +11,8 @@ from typing import Any, Self
 from fedinfer.data import Schema, heart_schema, read_schema
 from fedinfer.errors import BadUsage
 from fedinfer.models import ModelSpec
-from fedinfer.privacy import PrivacyPlan
-from fedinfer.privacy.plan import check_delta, check_epsilon, check_positive
+from fedinfer.privacy import Poisson, PrivacyPlan
+from fedinfer.privacy.checks import check_delta, check_epsilon, check_positive
 from fedinfer.rules import ServerRule, rule_named
 
 BUNDLED_SCHEMA = "heart-disease"
@@ -122,7 +122,7 @@ class RunConfig:
             epsilon=self.epsilon,
             delta=self.delta,
             steps=self.rounds + self.spare_steps,
-            sampling_rate=self.sampling_rate,
+            sampler=Poisson(rate=self.sampling_rate),
             clip_norm=self.clip_norm,
             divisor=self.sampling_rate * self.examples_per_client,
         )

@@ -52,21 +52,24 @@ def logistic_loss(output: Tensor, target: Tensor) -> Tensor:
 def private_step(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> StepReply:
     """Sample rows, clip their gradients, sum, add noise: all by the task's plan.
 
+    It computes in double precision: in single precision one row more can change how all others are rounded, and a
+    sum of many rows would then move by more than the clip norm.
+
     Guarantees: those of `PrivacyPlan`; the reply depends on no row that was not sampled.
     """
     if task.plan is None:
         raise BadUsage("private step: got no plan, expected one")
-    _set_weights(net, task.weights)
-    chosen = torch.from_numpy(task.plan.sample(len(table), stream))
-    x, y = torch.from_numpy(table.features)[chosen], torch.from_numpy(table.labels)[chosen]
+    _set_weights(net.double(), task.weights)
+    chosen = torch.from_numpy(task.plan.sample(len(table), stream, step=task.round))
+    x, y = torch.from_numpy(table.features)[chosen].double(), torch.from_numpy(table.labels)[chosen].double()
     sums = clipped_gradient(net, logistic_loss, x, y, clip_norm=task.plan.clip_norm)
-    gradient = task.plan.release(flatten(dict(sums)), stream)
-    return StepReply(gradient=gradient, weight=1.0, void=stream.void)
+    total = torch.cat([gradient.reshape(-1) for gradient in sums.values()]).numpy()
+    return StepReply(gradient=task.plan.release(total, stream), weight=1.0, void=stream.void)
 
 
 def unsafe_step(task: StepTask, net: nn.Module, table: Table) -> StepReply:
     """The plain mean gradient over all rows: no privacy at all, for public data and comparisons."""
-    _set_weights(net, task.weights)
+    _set_weights(net.float(), task.weights)
     if len(table) == 0:
         return StepReply(gradient=np.zeros_like(task.weights), weight=0.0, void=True)
     losses = logistic_loss(net(torch.from_numpy(table.features)), torch.from_numpy(table.labels))

@@ -22,13 +22,13 @@ from fedinfer.flower import (
     task_to_content,
 )
 from fedinfer.models import ModelSpec
-from fedinfer.privacy import PrivacyPlan
+from fedinfer.privacy import Poisson, PrivacyPlan
 from fedinfer.rules import RULES, FedAdaptive, FedSgd, rule_named
 from fedinfer.settings import RunConfig
 from fedinfer.training import StepReply, StepTask
 from fedinfer.wire import Frame, Kind, decode, encode
 
-PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=4.0, sampling_rate=0.5, delta=1e-6, steps=3, divisor=10.0)
+PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=4.0, sampler=Poisson(rate=0.5), delta=1e-6, steps=3, divisor=10.0)
 
 
 @given(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4))

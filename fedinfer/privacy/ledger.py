@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from fedinfer.errors import BudgetExceeded, LedgerError
-from fedinfer.privacy.plan import check_delta, check_epsilon
+from fedinfer.privacy.checks import check_delta, check_epsilon
 
 APPLICATION_ID = 0x46454449
 FORMAT = 1

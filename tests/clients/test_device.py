@@ -15,13 +15,13 @@ from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.errors import BadUsage, SchemaError, UnprotectedRefused
 from fedinfer.flower import STEP, error_kind, task_to_content
 from fedinfer.models import Model, ModelSpec, build, save
-from fedinfer.privacy import PrivacyLedger, PrivacyPlan
+from fedinfer.privacy import Poisson, PrivacyLedger, PrivacyPlan
 from fedinfer.simulation import InProcessGrid
 from fedinfer.simulation.grid import _task_of
 from fedinfer.training import StepTask
 
 SCHEMA = heart_schema()
-PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=4.0, sampling_rate=0.5, delta=1e-6, steps=3, divisor=10.0)
+PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=4.0, sampler=Poisson(rate=0.5), delta=1e-6, steps=3, divisor=10.0)
 
 
 def task(plan: PrivacyPlan | None = PLAN, digest: str | None = None) -> StepTask:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fedinfer.errors import BadUsage, BudgetExceeded, LedgerError
-from fedinfer.privacy import PrivacyLedger, PrivacyPlan
+from fedinfer.privacy import Poisson, PrivacyLedger, PrivacyPlan
 
-PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=4.0, sampling_rate=0.5, delta=1e-6, steps=4, divisor=10.0)
-OTHER = PrivacyPlan(clip_norm=2.0, noise_multiplier=4.0, sampling_rate=0.5, delta=1e-6, steps=4, divisor=10.0)
+PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=4.0, sampler=Poisson(rate=0.5), delta=1e-6, steps=4, divisor=10.0)
+OTHER = PrivacyPlan(clip_norm=2.0, noise_multiplier=4.0, sampler=Poisson(rate=0.5), delta=1e-6, steps=4, divisor=10.0)
 
 
 @pytest.fixture
