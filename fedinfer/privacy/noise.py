@@ -2,7 +2,7 @@
 
 What leaves a device gets integers from `fedinfer/privacy/discrete.py`. `gaussian_float` is for noise that is added in
 floating point: an adversary who sees such a release bit by bit learns from the gaps between floats (Mironov 2012,
-doi:10.1145/2382196.2382264; the attack tests does it).
+doi:10.1145/2382196.2382264; tests/attacks/test_float_noise.py does it).
 """
 
 import hashlib
@@ -101,9 +101,7 @@ class NoiseStream:
         Raises: PrivacyError in a process that was forked from the stream's own.
         """
         if _process() != self._process:
-            raise PrivacyError(
-                "noise stream: got a forked process, expected the one that made it; make a new one there"
-            )
+            raise PrivacyError("noise stream: got a forked process, expected its maker; make a new stream there")
         with self._lock:
             yield
 
