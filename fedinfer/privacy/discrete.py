@@ -76,6 +76,22 @@ def discrete_laplace(stream: Bits, *, scale: Fraction | int, count: int) -> Inte
     return _draw(_steps(1 / Fraction(scale), 1), stream, count)
 
 
+def uniform_below(stream: Bits, *, limit: int, count: int) -> Integers:
+    """`count` independent integers (count,), uniform on 0 to `limit` - 1, exactly.
+
+    Raises: BadUsage unless the limit lies between 1 and 2^63.
+    """
+    if not 1 <= limit <= 2**63:
+        raise BadUsage(f"limit: got {limit}, expected a number from 1 to 2**63")
+    mask = np.uint64((1 << (limit - 1).bit_length()) - 1)
+    out = np.empty(0, np.int64)
+    while len(out) < count:
+        # At least half of them are below.
+        words = np.frombuffer(stream.take(16 * (count - len(out)) + 64), "<u8") & mask
+        out = np.append(out, words[words < limit].astype(np.int64))[:count]
+    return out
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Steps:
     """The steps above one law: `blocks` [entry] is a block; the arrays by block end with the tail."""
@@ -91,7 +107,7 @@ class _Steps:
     tail_shift: int
 
     def exponent(self, x: int) -> Fraction:
-        return self.rate * abs(x) ** self.power
+        return self.rate * Fraction(abs(x) ** self.power)
 
 
 @lru_cache(maxsize=64)

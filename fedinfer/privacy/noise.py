@@ -121,7 +121,7 @@ class NoiseStream:
         range, the tails included.
         """
         integers = discrete_gaussian(self, variance=2 ** (2 * FLOAT_BITS), count=count)
-        return integers * (sigma * 2.0**-FLOAT_BITS)
+        return integers.astype(np.float64) * (sigma * 2.0**-FLOAT_BITS)
 
 
 def os_noise() -> NoiseStream:
