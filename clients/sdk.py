@@ -11,8 +11,17 @@ from torch import nn
 
 from fedinfer.data import Schema, Table, encode, heart_rows, heart_schema, read_schema, read_table
 from fedinfer.errors import BadInput, BadUsage, SchemaError, UnprotectedRefused
+from fedinfer.evaluating import EvaluationReply, EvaluationTask, private_evaluation
 from fedinfer.models import ModelSpec, build
-from fedinfer.privacy import NoiseStream, PrivacyLedger, insecure_seeded_noise, os_noise
+from fedinfer.privacy import (
+    Cyclic,
+    NoiseStream,
+    Poisson,
+    PrivacyLedger,
+    PrivacyPlan,
+    insecure_seeded_noise,
+    os_noise,
+)
 from fedinfer.training import StepReply, StepTask, private_step, unsafe_step
 
 log = logging.getLogger("fedinfer.device")
@@ -112,33 +121,66 @@ class Device:
 
         Guarantees: without `public_data` nothing leaves but a release of the task's plan, charged to the ledger on
         disk before a row is used for it.
-        Raises: BudgetExceeded, UnprotectedRefused or SchemaError before any row is used.
+        Raises: BudgetExceeded, UnprotectedRefused or SchemaError before any row is used, and with nothing spent.
         """
-        if task.schema_digest != self._schema_digest or task.spec.inputs != self._width:
-            raise SchemaError(
-                "task: got another schema than this device's, expected the same schema.toml on both sides"
-            )
+        self._check(task)
         if task.plan is None:
             if not self._public_data:
                 raise UnprotectedRefused(
                     "task: got no privacy plan, expected one; a device answers without only for public data"
                 )
             return unsafe_step(task, self._net(task.spec), self._table)
-        stream = self._stream(task)
+        _check_plan(task.plan)
+        stream = self._stream(str(task.round))
         reservation = self._ledger.reserve(run=task.run, round=task.round, plan=task.plan, void=stream.void)
         reply = private_step(task, self._net(task.spec), self._table, stream)
         self._ledger.commit(reservation)
         return reply
 
-    def _stream(self, task: StepTask) -> NoiseStream:
-        if not self._insecure_seed:
-            return os_noise()
-        return insecure_seeded_noise(f"{self._insecure_seed}/{task.round}")
+    def evaluate(self, task: EvaluationTask) -> EvaluationReply:
+        """Measure a model on the device's rows: reserve in the ledger, then use the rows, then commit.
+
+        Guarantees: nothing leaves but a release of noised counts, charged to the ledger before a row is used for it.
+        Raises: BudgetExceeded or SchemaError before any row is used.
+        """
+        self._check(task)
+        stream = self._stream(task.run)
+        reservation = self._ledger.reserve(run=task.run, round=1, plan=task.release, void=stream.void)
+        reply = private_evaluation(task, self._net(task.spec), self._table, stream)
+        self._ledger.commit(reservation)
+        return reply
+
+    def _check(self, task: StepTask | EvaluationTask) -> None:
+        if task.schema_digest != self._schema_digest or task.spec.inputs != self._width:
+            raise SchemaError(
+                "task: got another schema than this device's, expected the same schema.toml on both sides"
+            )
+
+    def _stream(self, purpose: str) -> NoiseStream:
+        return insecure_seeded_noise(f"{self._insecure_seed}/{purpose}") if self._insecure_seed else os_noise()
 
     def _net(self, spec: ModelSpec) -> nn.Module:
         if spec not in self._nets:
             self._nets[spec] = build(spec)
         return self._nets[spec]
+
+
+def _check_plan(plan: PrivacyPlan) -> None:
+    """Refuse a plan whose ε does not hold here, whatever the server says it is.
+
+    The server decides whom it asks and when, so that nothing of that may count; how many rows there are is private;
+    and each release is seen alone.
+    """
+    if plan.unit == "client":
+        fits = plan.adversary == "server" and not isinstance(plan.sampler, Cyclic)
+    else:
+        fits = isinstance(plan.sampler, Poisson)
+    if not fits or plan.min_honest != 1:
+        raise UnprotectedRefused(
+            f"task: got a plan for one {plan.unit}, {type(plan.sampler).__name__}, against the {plan.adversary}, with "
+            f"{plan.min_honest} honest devices; expected examples sampled by Poisson, or clients against the server, "
+            "and noise that is enough alone"
+        )
 
 
 def _read(config: DeviceConfig, schema: Schema) -> Table:

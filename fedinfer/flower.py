@@ -9,24 +9,20 @@ from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord
 
 from fedinfer.arrays import Vector
 from fedinfer.errors import FedinferError, WireError
+from fedinfer.evaluating import EvaluationReply, EvaluationTask
 from fedinfer.models import ModelSpec
 from fedinfer.privacy import PrivacyPlan
+from fedinfer.privacy.evaluation import EvaluationRelease
 from fedinfer.training import StepReply, StepTask
 
 STEP = "train.step"
+COUNTS = "evaluate.counts"
 MAX_WEIGHTS = 1 << 26
 
 
 def task_to_content(task: StepTask) -> RecordDict:
     """The content of a `STEP` message."""
-    fields: dict[str, ConfigRecordValues] = {
-        "run": task.run,
-        "round": task.round,
-        "family": task.spec.family,
-        "inputs": task.spec.inputs,
-        "hidden": task.spec.hidden,
-        "schema": task.schema_digest,
-    }
+    fields = _subject(task) | {"round": task.round}
     if task.plan is not None:
         fields["plan"] = json.dumps(task.plan.to_json())
     return RecordDict({"task": ConfigRecord(fields), "weights": ArrayRecord([task.weights])})
@@ -39,16 +35,11 @@ def task_from_content(content: RecordDict) -> StepTask:
     """
     try:
         fields = content.config_records["task"]
-        spec = ModelSpec(
-            family=_typed(fields, "family", str),
-            inputs=_typed(fields, "inputs", int),
-            hidden=_typed(fields, "hidden", int),
-        )
         plan = _typed(fields, "plan", str) if "plan" in fields else None
         return StepTask(
             run=_typed(fields, "run", str),
             round=_typed(fields, "round", int),
-            spec=spec,
+            spec=_spec(fields),
             schema_digest=_typed(fields, "schema", str),
             weights=_vector(content, "weights"),
             plan=PrivacyPlan.from_json(json.loads(plan)) if plan is not None else None,
@@ -79,6 +70,49 @@ def reply_from_content(content: RecordDict) -> StepReply:
         raise WireError(f"reply message: expected a field or a type that is not there ({error})") from None
 
 
+def evaluation_to_content(task: EvaluationTask) -> RecordDict:
+    """The content of a `COUNTS` message."""
+    fields = _subject(task) | {"release": json.dumps(task.release.to_json())}
+    return RecordDict({"task": ConfigRecord(fields), "weights": ArrayRecord([task.weights])})
+
+
+def evaluation_from_content(content: RecordDict) -> EvaluationTask:
+    """Read the content of a `COUNTS` message.
+
+    Raises: WireError if it is not one; BadUsage if a field cannot be.
+    """
+    try:
+        fields = content.config_records["task"]
+        return EvaluationTask(
+            run=_typed(fields, "run", str),
+            spec=_spec(fields),
+            schema_digest=_typed(fields, "schema", str),
+            weights=_vector(content, "weights"),
+            release=EvaluationRelease.from_json(json.loads(_typed(fields, "release", str))),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"evaluation message: expected a field or a type that is not there ({error})") from None
+
+
+def counts_to_content(reply: EvaluationReply) -> RecordDict:
+    """The content of the answer to a `COUNTS` message."""
+    return RecordDict({"counts": ArrayRecord([reply.counts]), "reply": MetricRecord({"void": int(reply.void)})})
+
+
+def counts_from_content(content: RecordDict, *, size: int) -> EvaluationReply:
+    """Read the answer to a `COUNTS` message, `size` numbers.
+
+    Raises: WireError if it is not one.
+    """
+    try:
+        (counts,) = content.array_records["counts"].to_numpy_ndarrays()
+        if counts.dtype != np.int64 or counts.shape != (size,):
+            raise WireError(f"counts: got {counts.dtype} of shape {counts.shape}, expected int64 ({size},)")
+        return EvaluationReply(counts=counts, void=bool(_typed(content.metric_records["reply"], "void", int)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"counts message: expected a field or a type that is not there ({error})") from None
+
+
 def error_to_content(error: BaseException) -> RecordDict:
     """What a device tells the server of an error: its kind, never its text, which may speak of rows or paths."""
     kind = type(error).__name__ if isinstance(error, FedinferError) else "InternalError"
@@ -89,6 +123,24 @@ def error_kind(content: RecordDict) -> str | None:
     """The kind of error in a device's answer, or None if it is not an error."""
     record = content.config_records.get("error")
     return None if record is None else str(record.get("kind", "InternalError"))
+
+
+def _subject(task: StepTask | EvaluationTask) -> dict[str, ConfigRecordValues]:
+    return {
+        "run": task.run,
+        "family": task.spec.family,
+        "inputs": task.spec.inputs,
+        "hidden": task.spec.hidden,
+        "schema": task.schema_digest,
+    }
+
+
+def _spec(fields: Mapping[str, Any]) -> ModelSpec:
+    return ModelSpec(
+        family=_typed(fields, "family", str),
+        inputs=_typed(fields, "inputs", int),
+        hidden=_typed(fields, "hidden", int),
+    )
 
 
 def _typed(fields: Mapping[str, Any], name: str, kind: type) -> Any:

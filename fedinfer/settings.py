@@ -13,9 +13,12 @@ from fedinfer.errors import BadUsage
 from fedinfer.models import ModelSpec
 from fedinfer.privacy import Poisson, PrivacyPlan
 from fedinfer.privacy.checks import check_delta, check_epsilon, check_positive
+from fedinfer.privacy.evaluation import EvaluationRelease
 from fedinfer.rules import ServerRule, rule_named
 
 BUNDLED_SCHEMA = "heart-disease"
+# A logistic loss above it counts as this much: six times that of a coin.
+LOSS_BOUND = 4.0
 Flat = Mapping[str, bool | float | int | str]
 
 
@@ -23,9 +26,12 @@ Flat = Mapping[str, bool | float | int | str]
 class RunConfig:
     """One training run. Every field is public, and so is each default: none was chosen on private rows.
 
-    `examples_per_client` is the public constant that a device's noised sum is divided by (times the sampling rate);
-    it need not be right. `spare_steps` are releases that the plan pays for beyond `rounds`, so that a round
-    interrupted by a crash can be repeated. `experiments/choose_settings.py` is where the defaults come from.
+    `unit` is what is protected: an "example", sampled on its device at `sampling_rate`, or a whole "client", which
+    takes part in every round, adds the noise for itself and needs many others beside it. `examples_per_client` is
+    the public constant that a device's noised sum is divided by (times the sampling rate); it need not be right.
+    `spare_steps` are releases that the plan pays for beyond `rounds`, so that a round interrupted by a crash can be
+    repeated. Where `evaluate` names a model file, nothing is trained: each device answers once with noised counts,
+    whose ε and δ are `epsilon` and `delta`. `experiments/choose_settings.py` is where the defaults come from.
     """
 
     schema: str = BUNDLED_SCHEMA
@@ -35,6 +41,7 @@ class RunConfig:
     rounds: int = 40
     epsilon: float = 2.0
     delta: float = 1e-5
+    unit: str = "example"
     unsafe_no_privacy: bool = False
     sampling_rate: float = 0.5
     clip_norm: float = 1.0
@@ -49,6 +56,7 @@ class RunConfig:
     checkpoint: str = ""
     resume: bool = False
     out: str = ""
+    evaluate: str = ""
     keep_trajectory: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +72,8 @@ class RunConfig:
             raise BadUsage(f"momentum: got {self.momentum}, expected 0 to below 1")
         check_positive("learning rate", self.learning_rate)
         check_positive("timeout", self.timeout_s)
+        if self.unit not in ("example", "client"):
+            raise BadUsage(f"unit: got {self.unit!r}, expected 'example' or 'client'")
         if not self.unsafe_no_privacy:
             check_epsilon(self.epsilon)
             check_delta(self.delta)
@@ -98,7 +108,17 @@ class RunConfig:
 
     def digest(self) -> str:
         """SHA-256 of all that decides the weights: a checkpoint continues only the run that it came from."""
-        free = {"min_devices", "timeout_s", "run", "checkpoint", "resume", "out", "keep_trajectory", "schema"}
+        free = {
+            "min_devices",
+            "timeout_s",
+            "run",
+            "checkpoint",
+            "resume",
+            "out",
+            "evaluate",
+            "keep_trajectory",
+            "schema",
+        }
         values = {name: value for name, value in asdict(self).items() if name not in free}
         values["schema_digest"] = self.public_schema.digest()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -118,14 +138,21 @@ class RunConfig:
         """The plan that every device runs and charges whole, or None without privacy."""
         if self.unsafe_no_privacy:
             return None
+        whole = self.unit == "client"
         return PrivacyPlan.calibrate(
             epsilon=self.epsilon,
             delta=self.delta,
             steps=self.rounds + self.spare_steps,
-            sampler=Poisson(rate=self.sampling_rate),
+            unit="client" if whole else "example",
+            sampler=Poisson(rate=1.0 if whole else self.sampling_rate),
             clip_norm=self.clip_norm,
-            divisor=self.sampling_rate * self.examples_per_client,
+            divisor=1.0 if whole else self.sampling_rate * self.examples_per_client,
         )
+
+    @cached_property
+    def evaluation(self) -> EvaluationRelease:
+        """What each device releases of its rows to measure a model."""
+        return EvaluationRelease.calibrate(epsilon=self.epsilon, delta=self.delta, loss_bound=LOSS_BOUND)
 
     def server_rule(self) -> ServerRule:
         """The rule that turns a round's mean into new weights."""

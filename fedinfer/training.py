@@ -1,9 +1,11 @@
 """One training step on a device: from weights and its own rows to the one vector that leaves it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,6 +14,7 @@ from fedinfer.data import Table
 from fedinfer.errors import BadUsage
 from fedinfer.models import ModelSpec
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient
+from fedinfer.privacy.clipping import clip_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ def logistic_loss(output: Tensor, target: Tensor) -> Tensor:
 def private_step(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> StepReply:
     """Sample rows, clip their gradients, sum, add noise: all by the task's plan.
 
+    Where the plan's unit is the client, the mean gradient over all rows is what is clipped, whole.
+
     It computes in double precision: in single precision one row more can change how all others are rounded, and a
     sum of many rows would then move by more than the clip norm.
 
@@ -59,23 +64,38 @@ def private_step(task: StepTask, net: nn.Module, table: Table, stream: NoiseStre
     """
     if task.plan is None:
         raise BadUsage("private step: got no plan, expected one")
-    _set_weights(net.double(), task.weights)
-    chosen = torch.from_numpy(task.plan.sample(len(table), stream, step=task.round))
-    x, y = torch.from_numpy(table.features)[chosen].double(), torch.from_numpy(table.labels)[chosen].double()
-    sums = clipped_gradient(net, logistic_loss, x, y, clip_norm=task.plan.clip_norm)
-    total = torch.cat([gradient.reshape(-1) for gradient in sums.values()]).numpy()
+    whole = task.plan.unit == "client"
+    total = _clipped_mean(task, task.plan, net, table) if whole else _clipped_sum(task, task.plan, net, table, stream)
     return StepReply(gradient=task.plan.release(total, stream), weight=1.0, void=stream.void)
 
 
 def unsafe_step(task: StepTask, net: nn.Module, table: Table) -> StepReply:
     """The plain mean gradient over all rows: no privacy at all, for public data and comparisons."""
+    return StepReply(gradient=_mean_gradient(task, net, table), weight=float(len(table)), void=True)
+
+
+def _mean_gradient(task: StepTask, net: nn.Module, table: Table) -> Vector:
     _set_weights(net.float(), task.weights)
     if len(table) == 0:
-        return StepReply(gradient=np.zeros_like(task.weights), weight=0.0, void=True)
+        return np.zeros_like(task.weights)
     losses = logistic_loss(net(torch.from_numpy(table.features)), torch.from_numpy(table.labels))
     names = [name for name, _ in net.named_parameters()]
     gradients = torch.autograd.grad(losses.mean(), list(net.parameters()))
-    return StepReply(gradient=flatten(dict(zip(names, gradients, strict=True))), weight=float(len(table)), void=True)
+    return flatten(dict(zip(names, gradients, strict=True)))
+
+
+def _clipped_mean(task: StepTask, plan: PrivacyPlan, net: nn.Module, table: Table) -> NDArray[np.floating[Any]]:
+    return clip_update(_mean_gradient(task, net, table), clip_norm=plan.clip_norm)
+
+
+def _clipped_sum(
+    task: StepTask, plan: PrivacyPlan, net: nn.Module, table: Table, stream: NoiseStream
+) -> NDArray[np.floating[Any]]:
+    _set_weights(net.double(), task.weights)
+    chosen = torch.from_numpy(plan.sample(len(table), stream, step=task.round))
+    x, y = torch.from_numpy(table.features)[chosen].double(), torch.from_numpy(table.labels)[chosen].double()
+    sums = clipped_gradient(net, logistic_loss, x, y, clip_norm=plan.clip_norm)
+    return torch.cat([gradient.reshape(-1) for gradient in sums.values()]).numpy()
 
 
 def _set_weights(net: nn.Module, weights: Vector) -> None:

@@ -10,11 +10,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedinfer.arrays import unflatten
+from fedinfer.card import report_card
 from fedinfer.data import to_json
-from fedinfer.models import Model, build, save
+from fedinfer.models import Model, build, load, save
 from fedinfer.settings import RunConfig
 
 from .checkpoint import load_checkpoint, save_checkpoint
+from .evaluation import evaluate
 from .rounds import RoundState, first_state, rounds
 
 app = ServerApp()
@@ -22,8 +24,16 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train one model; what it learnt is in `context.state`: "weights", "trajectory" (rounds + 1, d) and "result"."""
+    """Train one model, or measure the one that `evaluate` names.
+
+    In `context.state` are then "weights", "trajectory" (rounds + 1, d) and "result", or "evaluation".
+    """
     config = RunConfig.from_flat(context.run_config)
+    if config.evaluate:
+        run = config.run or f"evaluation-{secrets.token_hex(4)}"
+        result = evaluate(grid, config, load(Path(config.evaluate)), run)
+        context.state["evaluation"] = ConfigRecord({"json": json.dumps(result)})
+        return
     checkpoint = Path(config.checkpoint) if config.checkpoint else None
     if config.resume and checkpoint is not None:
         start = load_checkpoint(checkpoint, config_digest=config.digest())
@@ -49,20 +59,9 @@ def main(grid: Grid, context: Context) -> None:
 
 def trained_model(config: RunConfig, state: RoundState) -> Model:
     """The model of `state` with its report card."""
-    plan, schema = config.plan, config.public_schema
+    schema = config.public_schema
     void = any(record.void for record in state.history)
-    card = {
-        "run": state.run,
-        "rounds": state.round,
-        "epsilon": None if plan is None or void else plan.epsilon(),
-        "delta": None if plan is None or void else plan.delta,
-        "void": void,
-        "unit": "example",
-        "relation": "add or remove one",
-        "adversary": "whoever sees every release of a device, the server included",
-        "accountant": "dp-accounting PLD, Poisson-subsampled Gaussian",
-        "plan": None if plan is None else plan.to_json(),
-    }
+    card = report_card(config, run=state.run, rounds=state.round, void=void, audit=None)
     return Model(
         spec=config.spec,
         state=unflatten(state.weights, build(config.spec).state_dict()),

@@ -117,32 +117,42 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
 
 def _collect(grid: Grid, messages: list[Message], config: RunConfig, task: StepTask) -> tuple[list[StepReply], int]:
     """The steps of the devices that answered, in the order of their ids, and the bytes they sent."""
-    replies: list[StepReply] = []
-    failures: dict[int, str] = {}
-    bytes_up = 0
-    answers = grid.send_and_receive(messages, timeout=config.timeout_s)
-    for answer in sorted(answers, key=lambda message: message.metadata.src_node_id):
-        device = answer.metadata.src_node_id
-        kind = "InternalError" if answer.has_error() else error_kind(answer.content)
-        if kind is not None:
-            failures[device] = kind
-            continue
-        reply = reply_from_content(answer.content)
+    answers = answers_of(grid, messages, config, f"round {task.round}")
+    replies = []
+    for device, content in answers.items():
+        reply = reply_from_content(content)
         if reply.gradient.shape != task.weights.shape:
             raise ShapeMismatch(
                 got=reply.gradient.shape, expected=task.weights.shape, what=f"device {device}, gradient"
             )
         replies.append(reply)
-        bytes_up += _size(answer.content)
-    silent = len(messages) - len(replies) - len(failures)
-    if len(replies) < config.min_devices:
+    return replies, sum(_size(content) for content in answers.values())
+
+
+def answers_of(grid: Grid, messages: list[Message], config: RunConfig, what: str) -> dict[int, RecordDict]:
+    """What the devices answered that did not fail, in the order of their ids.
+
+    Raises: RoundFailed if fewer than `min_devices` did.
+    """
+    contents: dict[int, RecordDict] = {}
+    failures: dict[int, str] = {}
+    replies = grid.send_and_receive(messages, timeout=config.timeout_s)
+    for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
+        device = reply.metadata.src_node_id
+        kind = "InternalError" if reply.has_error() else error_kind(reply.content)
+        if kind is None:
+            contents[device] = reply.content
+        else:
+            failures[device] = kind
+    silent = len(messages) - len(contents) - len(failures)
+    if len(contents) < config.min_devices:
         raise RoundFailed(
-            f"round {task.round}: got {len(replies)} steps of {len(messages)} devices, expected at least "
+            f"{what}: got {len(contents)} answers of {len(messages)} devices, expected at least "
             f"{config.min_devices} ({_reasons(failures, silent)}); the device's own log says why"
         )
     if failures or silent:
-        log.warning("round %d goes on without some devices: %s", task.round, _reasons(failures, silent))
-    return replies, bytes_up
+        log.warning("%s goes on without some devices: %s", what, _reasons(failures, silent))
+    return contents
 
 
 def _reasons(failures: Mapping[int, str], silent: int) -> str:

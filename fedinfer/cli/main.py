@@ -122,8 +122,11 @@ def train(
     schema: Annotated[Path | None, typer.Option(help="The public schema.toml.")] = None,
     data: Annotated[str, typer.Option(help="Bundled public data instead of DIR: heart-disease.")] = "",
     model: Annotated[str, typer.Option(help="Model family: logistic or mlp.")] = "logistic",
-    epsilon: Annotated[float, typer.Option(help="ε per example, for the whole run.")] = 2.0,
+    epsilon: Annotated[float, typer.Option(help="ε per unit, for the whole run.")] = 2.0,
     delta: Annotated[float, typer.Option(help="δ of the guarantee.")] = 1e-5,
+    unit: Annotated[
+        str, typer.Option(help="What ε protects: one example, or a whole client (needs very many clients).")
+    ] = "example",
     rounds: Annotated[int | None, typer.Option(help="Training rounds; 40 unless said.")] = None,
     seed: Annotated[int, typer.Option(help="Starting weights. Never seeds noise or sampling.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
@@ -146,6 +149,7 @@ def train(
         family=model,
         epsilon=epsilon,
         delta=delta,
+        unit=unit,
         rounds=rounds,
         seed=seed,
         resume=resume,
@@ -155,17 +159,27 @@ def train(
     )
 
 
-@app.command(epilog="Example:  fedinfer evaluate model.safetensors hospitals/")
+@app.command(epilog="Example:  fedinfer evaluate model.safetensors hospitals/ --schema schema.toml --epsilon 0.5")
 def evaluate(
     model: ModelPath,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of CSV files, or one file.")],
-    schema: SchemaPath = None,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder of CSV files, each with its NAME.ledger, or one file.")
+    ],
+    schema: Annotated[Path | None, typer.Option("--schema", help="The public schema.toml of the rows.")] = None,
+    epsilon: Annotated[float, typer.Option(help="ε per example of each client, for this evaluation.")] = 0.5,
+    delta: Annotated[float, typer.Option(help="δ of the guarantee.")] = 1e-6,
+    unsafe_raw: Annotated[
+        bool, typer.Option("--unsafe-raw", help="Exact figures of each client, and no ledger: for your own eyes.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Raw accuracy and AUC on rows that you hold. Sharing them releases something of those rows."""
-    from fedinfer.cli.local import evaluate_model
+    """Accuracy, AUC and loss of a model from noised counts, charged to each client's ledger."""
+    from fedinfer.cli.measuring import measure_model, unsafe_measure_model
 
-    evaluate_model(model, folder, schema_path=schema, as_json=json)
+    if unsafe_raw:
+        unsafe_measure_model(model, folder, schema_path=schema, as_json=json)
+    else:
+        measure_model(model, folder, schema_path=schema, epsilon=epsilon, delta=delta, as_json=json)
 
 
 @app.command(epilog="Example:  fedinfer predict model.safetensors patients.csv -o answers.csv")

@@ -9,6 +9,7 @@ Trusted: the device and its operating system's randomness. All fields are public
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -83,6 +84,26 @@ class EvaluationRelease:
         """
         draft = cls(bins=bins, loss_bound=loss_bound, sigma=MOST_SIGMA, delta=delta, steps=steps)
         return replace(draft, sigma=least_sigma(lambda sigma: replace(draft, sigma=sigma).epsilon(), epsilon))
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Read `to_json` back.
+
+        Raises: BadUsage for a missing or unknown field, or one that cannot be.
+        """
+        own = {name: value for name, value in fields.items() if name not in ("mechanism", "relation")}
+        try:
+            release = cls(**own)
+        except TypeError as error:
+            raise BadUsage(f"evaluation: {error}") from None
+        if release.to_json() != dict(fields):
+            raise BadUsage("evaluation: got another mechanism or relation than the one that these fields describe")
+        return release
+
+    @property
+    def size(self) -> int:
+        """How many numbers a release has."""
+        return 2 * self.bins + 1
 
     def counts(self, scores: Floats, labels: Floats, losses: Floats, stream: NoiseStream) -> Integers:
         """The vector (2 bins + 1,) that leaves the device, in cells: negative rows by bin, positive rows, losses.

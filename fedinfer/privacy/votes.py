@@ -12,7 +12,7 @@ arXiv:2209.15596, and Smith and Thakurta 2022, arXiv:2210.17520 (composition of 
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ class ConfidentVotes:
         queries: int,
         answers: int,
         steps: int = 1,
-    ) -> Self:
+    ) -> "ConfidentVotes":
         """The least noise whose ε is at most `epsilon`, met from below to 1e-4; checks and labels cost the same.
 
         Raises: BadUsage for an argument that cannot be.
@@ -99,7 +99,7 @@ class ConfidentVotes:
             steps=steps,
         )
 
-        def with_noise(sigma: float) -> Self:
+        def with_noise(sigma: float) -> "ConfidentVotes":
             return replace(
                 draft,
                 check_sigma=min(sigma * check_ratio, MOST_SIGMA),

@@ -1,6 +1,7 @@
 """The commands on real files: train, evaluate, predict, schema, ledger."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,45 @@ def test_a_corrupt_model_file_is_refused(damage: bytes | None, model: Path, hosp
         assert result.err.startswith(f"error: model {model}: got a file that is not safetensors")
 
 
+def test_evaluate_releases_noised_counts_that_each_ledger_pays_for(model: Path, hospitals: Path, run: Run) -> None:
+    schema = hospitals.parent / "schema.toml"
+    hospitals = shutil.copytree(hospitals, hospitals.parent / "held-out", ignore=shutil.ignore_patterns("*.ledger*"))
+    for path in hospitals.glob("*.csv"):
+        ledger = path.with_suffix(".ledger")
+        assert run("ledger", "init", ledger, "--epsilon", 9, "--delta", 1e-5).code == 0
+    result = run("evaluate", model, hospitals, "--schema", schema, "--epsilon", 4, "--json")
+    told = json.loads(result.out)
+    raw = json.loads(run("evaluate", model, hospitals, "--unsafe-raw", "--json").out)["clients"]["all"]
+    assert (told["devices"], told["void"], told["delta"]) == (3, False, 1e-6)
+    assert 4.0 - 1e-4 <= told["epsilon"] <= 4.0
+    for name, truth in (("accuracy", raw["unsafe_accuracy"]), ("examples", raw["rows"])):
+        estimate = told["metrics"][name]
+        assert abs(estimate["value"] - truth) < 6 * estimate["standard_error"] + 1e-3
+        assert estimate["value"] != truth
+    for path in hospitals.glob("*.ledger"):
+        (charge,) = json.loads(run("ledger", "show", path, "--json").out)["runs"]
+        assert (charge["run"], charge["reserved"], charge["committed"]) == (told["run"], 1, 1)
+        assert charge["epsilon"] == told["epsilon"]
+    again = run("evaluate", model, hospitals, "--schema", schema, "--epsilon", 6)
+    assert (again.code, again.out) == (1, "")
+    assert "nothing was released or spent" in again.err
+    shown = run("evaluate", model, hospitals, "--schema", schema, "--epsilon", 0.01)
+    assert "hidden by the noise" in shown.out
+
+
+def test_evaluate_needs_the_schema_of_the_model(model: Path, hospitals: Path, run: Run) -> None:
+    other = hospitals.parent / "other.toml"
+    other.write_text(SCHEMA_PATH.read_text(encoding="utf-8").replace("high = 90", "high = 99"), encoding="utf-8")
+    result = run("evaluate", model, hospitals, "--schema", other)
+    assert result.code == 1
+    assert "got another schema than the model's" in result.err
+    wrong = run("evaluate", model, hospitals, "--epsilon", 0)
+    assert wrong.code == 2
+    assert "epsilon: got 0" in wrong.err
+
+
 def test_evaluate_names_its_raw_metrics_unsafe(model: Path, hospitals: Path, run: Run) -> None:
-    told = json.loads(run("evaluate", model, hospitals, "--json").out)
+    told = json.loads(run("evaluate", model, hospitals, "--unsafe-raw", "--json").out)
     assert set(told["clients"]) == {"cleveland", "hungary", "switzerland", "all"}
     assert all(set(r) == {"rows", "unsafe_auc", "unsafe_accuracy"} for r in told["clients"].values())
     assert told["clients"]["all"]["rows"] == 120

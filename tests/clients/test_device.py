@@ -1,5 +1,6 @@
 """The device: its ledger comes before its rows, and a server learns of an error only its kind."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.errors import BadUsage, SchemaError, UnprotectedRefused
 from fedinfer.flower import STEP, error_kind, task_to_content
 from fedinfer.models import Model, ModelSpec, build, save
-from fedinfer.privacy import Poisson, PrivacyLedger, PrivacyPlan
+from fedinfer.privacy import Cyclic, FixedSize, Poisson, PrivacyLedger, PrivacyPlan
 from fedinfer.simulation import InProcessGrid
 from fedinfer.simulation.grid import _task_of
 from fedinfer.training import StepTask
@@ -29,6 +30,43 @@ def task(plan: PrivacyPlan | None = PLAN, digest: str | None = None) -> StepTask
     weights = np.zeros(SCHEMA.width + 1, np.float32)
     schema_digest = SCHEMA.digest() if digest is None else digest
     return StepTask(run="a", round=1, spec=spec, schema_digest=schema_digest, weights=weights, plan=plan)
+
+
+CLIENTS = replace(PLAN, unit="client", sampler=Poisson(rate=0.5))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        replace(PLAN, sampler=FixedSize(size=10, population=20)),
+        replace(PLAN, sampler=Cyclic(period=2)),
+        replace(PLAN, min_honest=2),
+        replace(CLIENTS, adversary="outsider"),
+        replace(CLIENTS, sampler=Cyclic(period=2)),
+        replace(CLIENTS, min_honest=2),
+    ],
+)
+def test_a_plan_whose_promise_does_not_hold_here_is_refused_and_nothing_is_spent(plan: PrivacyPlan) -> None:
+    ledger = PrivacyLedger.scratch(epsilon=1e6, delta=1e-3)
+    device = Device(
+        table=encode(heart_rows()["Cleveland"][:20], SCHEMA, with_target=True), schema=SCHEMA, ledger=ledger
+    )
+    with pytest.raises(UnprotectedRefused, match=f"got a plan for one {plan.unit}"):
+        device.step(task(plan=plan))
+    assert ledger.summary().runs == ()
+
+
+def test_a_whole_client_is_clipped_and_pays_for_each_participation() -> None:
+    ledger = PrivacyLedger.scratch(epsilon=1e6, delta=1e-3)
+    rows = encode(heart_rows()["Cleveland"][:20], SCHEMA, with_target=True)
+    table = replace(rows, features=rows.features * np.float32(1e6))
+    plan = replace(CLIENTS, clip_norm=0.5, noise_multiplier=0.1, divisor=1.0)
+    reply = Device(table=table, schema=SCHEMA, ledger=ledger).step(task(plan=plan))
+    noise = plan.noise_multiplier * plan.clip_norm * np.sqrt(SCHEMA.width + 1)
+    assert 0.5 * plan.clip_norm < np.linalg.norm(reply.gradient) < plan.clip_norm + 2 * noise
+    assert reply.weight == 1.0
+    (run,) = ledger.summary().runs
+    assert run.epsilon == plan.epsilon() == plan.epsilon(adversary="server")
 
 
 class Watched(Table):

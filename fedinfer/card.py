@@ -1,0 +1,63 @@
+"""The report card of a trained model: what is promised, to whom, against whom, and what an audit could prove."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from fedinfer.settings import RunConfig
+
+# What says where and how often a run happens, and nothing of how its settings were found.
+NOT_TUNED = {"schema", "model_seed", "rounds", "epsilon", "delta", "unit", "spare_steps", "min_devices", "timeout_s"}
+NOT_TUNED |= {"run", "checkpoint", "resume", "out", "evaluate", "keep_trajectory", "unsafe_no_privacy"}
+
+
+def report_card(
+    config: RunConfig, *, run: str, rounds: int, void: bool, audit: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The card in JSON values. `void` says that the noise was not random; then, and without a plan, there is no ε.
+
+    `audit` is what an audit of a run by the same plan on canaries could prove; canaries cost no private row anything.
+    """
+    plan = config.plan
+    card: dict[str, Any] = {
+        "run": run,
+        "rounds": rounds,
+        "void": void,
+        "epsilon": None,
+        "delta": None,
+        "plan": None if plan is None else plan.to_json(),
+        "tuning": _tuning(config),
+        "audit": None if audit is None or void else dict(audit),
+    }
+    if plan is None or void:
+        return card
+    return card | {
+        "epsilon": plan.epsilon(),
+        "delta": plan.delta,
+        "unit": plan.unit,
+        "relation": plan.relation,
+        "mechanism": plan.mechanism,
+        "accountant": plan.accountant,
+        "adversary": plan.adversary,
+        "views": {
+            "the server, which sees every release of each device": plan.epsilon(adversary="server"),
+            "an outsider, who sees every model": plan.epsilon(adversary="outsider"),
+        },
+        "trusted": "the device, its disk and its operating system's randomness",
+    }
+
+
+def _tuning(config: RunConfig) -> dict[str, Any]:
+    """Which settings are not the defaults, which were found on public rows and cost nothing."""
+    changed = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in NOT_TUNED and getattr(config, field.name) != field.default
+    }
+    if not changed:
+        return {"epsilon": 0.0, "why": "every setting is a default, and defaults were chosen on public rows"}
+    return {
+        "epsilon": None,
+        "why": "settings differ from the defaults; if private rows chose them, that cost is not in epsilon",
+        "changed": changed,
+    }
