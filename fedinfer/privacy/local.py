@@ -36,7 +36,8 @@ RELATION = "replace one"
 # The clip norm in cells.
 CLIP_CELLS = 2**24
 MAX_DIMENSION = 2**26
-OTHERS_WEIGHT = 2**20
+OTHERS_WEIGHT = 2**24
+MOST_EPSILON = 26.0
 MAX_CATEGORIES = 2**20
 
 
@@ -130,7 +131,7 @@ class LocalVector:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomisedResponse:
-    """`steps` answers of a client about its category, each true with weight `truth` against 2^20 for each other one.
+    """`steps` answers of a client about its category, each true with weight `truth` against 2^24 for each other one.
 
     Guarantees: `steps` calls of `release` are (epsilon(), 0)-differentially private, exactly.
 
@@ -155,8 +156,10 @@ class RandomisedResponse:
         Raises: BadUsage for an argument that cannot be.
         """
         check_epsilon(epsilon)
-        if not steps * 1e-4 <= epsilon <= steps * 28.0:
-            raise BadUsage(f"epsilon: got {epsilon:g}, expected from 0.0001 to 28 for each of {steps} steps")
+        if not steps * 1e-4 <= epsilon <= steps * MOST_EPSILON:
+            raise BadUsage(
+                f"epsilon: got {epsilon:g}, expected from 0.0001 to {MOST_EPSILON:g} for each of {steps} steps"
+            )
         truth = math.floor(OTHERS_WEIGHT * math.exp(epsilon / steps) * (1.0 - 1e-15))
         return cls(categories=categories, truth=truth, steps=steps)
 

@@ -191,7 +191,7 @@ class ScalarRelease:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        if not 0.0 < self.high - self.low < math.inf:
             raise BadUsage(f"bounds: got {self.low} and {self.high}, expected finite numbers, the lower first")
         if not self.low <= self.default <= self.high:
             raise BadUsage(f"default: got {self.default}, expected a number from {self.low} to {self.high}")

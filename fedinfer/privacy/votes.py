@@ -12,7 +12,7 @@ arXiv:2209.15596, and Smith and Thakurta 2022, arXiv:2210.17520 (composition of 
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,14 +80,12 @@ class ConfidentVotes:
         queries: int,
         answers: int,
         steps: int = 1,
-    ) -> "ConfidentVotes":
+    ) -> Self:
         """The least noise whose ε is at most `epsilon`, met from below to 1e-4; checks and labels cost the same.
 
         Raises: BadUsage for an argument that cannot be.
         """
         ratio = math.sqrt(queries / (2 * answers))
-        # The search is over the smaller of the two.
-        check_ratio, label_ratio = max(1.0, ratio), max(1.0, 1.0 / ratio)
         draft = cls(
             classes=classes,
             threshold=threshold,
@@ -99,14 +97,11 @@ class ConfidentVotes:
             steps=steps,
         )
 
-        def with_noise(sigma: float) -> "ConfidentVotes":
-            return replace(
-                draft,
-                check_sigma=min(sigma * check_ratio, MOST_SIGMA),
-                label_sigma=min(sigma * label_ratio, MOST_SIGMA),
-            )
+        def sigmas(least: float) -> dict[str, float]:
+            sizes = {"check_sigma": least * max(1.0, ratio), "label_sigma": least * max(1.0, 1.0 / ratio)}
+            return {name: min(size, MOST_SIGMA) for name, size in sizes.items()}
 
-        return with_noise(least_sigma(lambda sigma: with_noise(sigma).epsilon(), epsilon))
+        return replace(draft, **sigmas(least_sigma(lambda least: replace(draft, **sigmas(least)).epsilon(), epsilon)))
 
     def label(self, votes: NDArray[np.integer[Any]], stream: NoiseStream) -> list[int | None]:
         """Votes (questions, teachers), each the number of a class, to a label or None for each question.

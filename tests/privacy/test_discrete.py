@@ -1,16 +1,25 @@
-"""The discrete laws are exact: probabilities in integers, the slow path, chi-square tests that see 2 % of sigma."""
+"""The discrete laws are exact: their steps in integers, the slow path, chi-square tests that see 2 % of sigma."""
 
+import json
+import math
+from dataclasses import replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from fedinfer.privacy.discrete import discrete_gaussian, discrete_laplace
-from fedinfer.privacy.noise import insecure_seeded_noise
+from fedinfer.errors import BadUsage
+from fedinfer.privacy import discrete
+from fedinfer.privacy.discrete import discrete_gaussian, discrete_laplace, exp_bounds, uniform_below
+from fedinfer.privacy.noise import NoiseStream, insecure_seeded_noise
 
 FALSE_ALARM = 1e-9
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "discrete.json").read_text(encoding="utf-8"))
 
 
 def exact_law(rate: Fraction, power: int) -> dict[int, Decimal]:
@@ -58,3 +67,178 @@ def test_the_discrete_laplace_is_exact_and_the_test_sees_two_per_cent(scale: Fra
     assert follows(values, exact_law(1 / scale, 1))
     for factor in (Fraction(102, 100), Fraction(98, 100)):
         assert not follows(values, exact_law(1 / (scale * factor), 1))
+
+
+@pytest.mark.parametrize("sigma", [2**20, 2**40, 2**45])
+def test_large_sigmas_are_gaussian_and_the_test_sees_two_per_cent(sigma: int) -> None:
+    values = discrete_gaussian(insecure_seeded_noise(f"large {sigma}"), variance=sigma**2, count=10**6) / sigma
+
+    def looks_right(scaled: np.ndarray) -> bool:
+        # The variance sees a wrong scale, Kolmogorov's distance a wrong shape.
+        square = float((scaled**2).sum())
+        tail = 2 * min(stats.chi2.cdf(square, len(scaled)), stats.chi2.sf(square, len(scaled)))
+        return bool(tail > FALSE_ALARM and stats.kstest(scaled, "norm").pvalue > FALSE_ALARM)
+
+    assert looks_right(values)
+    assert not looks_right(values * 1.02)
+    assert not looks_right(values * 0.98)
+    # Each moment lies within six of its own standard deviations.
+    for order, moment, spread in ((1, 0.0, 1.0), (3, 0.0, 15.0), (4, 3.0, 96.0), (6, 15.0, 10170.0)):
+        assert abs((values**order).mean() - moment) < 6 * math.sqrt(spread / len(values))
+
+
+laws = st.one_of(
+    st.tuples(st.fractions(Fraction(1, 10**6), 2**90, max_denominator=10**6).map(gaussian_rate), st.just(2)),
+    st.tuples(st.fractions(Fraction(1, 10**6), 2**45, max_denominator=10**6).map(lambda scale: 1 / scale), st.just(1)),
+    # Fractions are drawn evenly otherwise: nearly all would be very large.
+    st.tuples(st.floats(1e-6, 1e6).map(lambda v: gaussian_rate(Fraction(v))), st.just(2)),
+    st.tuples(st.floats(1e-6, 1e6).map(lambda s: 1 / Fraction(s)), st.just(1)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(law=laws)
+def test_the_steps_lie_above_the_law(law: tuple[Fraction, int]) -> None:
+    steps = discrete._steps(*law)
+    tail = len(steps.weights) - 1
+    assert np.array_equal(np.bincount(steps.blocks, minlength=tail + 1), steps.weights)
+    assert len(steps.blocks) == discrete.ENTRIES
+    assert steps.tail_start == tail << steps.shift
+    one = 1 << 128
+    for block in {0, 1, tail // 2, tail - 1} & set(range(tail)):
+        low, high = (steps.exponent(edge << steps.shift) for edge in (block, block + 1))
+        # At the edge near zero the law is highest, and its entries are enough for it, by an upper bound.
+        assert steps.scale * exp_bounds(low, 128)[1] <= int(steps.weights[block]) * one
+        # What is surely kept would be kept at the other edge, by a lower bound.
+        sure = Fraction(int(steps.surely[block]), 2**64) * int(steps.weights[block]) * one
+        assert sure <= steps.scale * exp_bounds(high, 128)[0]
+    for number in (0, 1, 2, 40):
+        x = steps.tail_start + (number << steps.tail_shift)
+        odds = Fraction(steps.scale << (1 + number + steps.tail_shift - steps.shift), int(steps.weights[-1]))
+        assert odds * exp_bounds(steps.exponent(x), 128)[1] <= one
+    assert steps.surely[-1] == 0
+    # Most proposals are kept, whatever the law; half of the small ones fall on the wrong side of zero.
+    kept = steps.scale * float(sum(exp_bounds(steps.exponent(x << steps.shift), 64)[0] for x in range(tail))) / 2**64
+    assert kept / discrete.ENTRIES > 0.45
+
+
+@pytest.mark.parametrize(
+    "law", [(Fraction(1, 2), 2), (Fraction(1, 800), 2), (Fraction(1, 2**81), 2), (Fraction(1, 9), 1)]
+)
+def test_the_slow_path_decides_as_the_fast_one(law: tuple[Fraction, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = discrete._draw(discrete._steps(*law), insecure_seeded_noise("slow"), 5000)
+    steps = discrete._steps(*law)
+    monkeypatch.setattr(discrete, "MARGIN", 2.0)
+    decided = []
+    below = discrete._below
+    monkeypatch.setattr(discrete, "_below", lambda *args: decided.append(1) or below(*args))
+    never_sure = replace(steps, surely=np.zeros_like(steps.surely))
+    slow = discrete._draw(never_sure, insecure_seeded_noise("slow"), 5000)
+    assert len(decided) >= 5000
+    assert np.array_equal(fast, slow)
+
+
+def test_the_slow_path_asks_for_more_bits_until_it_knows() -> None:
+    """U is 1/e to 300 bits, just below and just above: the first 64 bits cannot tell, nor can 128 or 256."""
+    bits = 1024
+    low, _ = exp_bounds(Fraction(1), bits)
+
+    class Given(NoiseStream):
+        def __init__(self, number: int) -> None:
+            super().__init__(bytes(32), void=True)
+            self._digits = bytes(discrete.MORE_LEVEL) + number.to_bytes(bits // 8, "big")[8:]
+
+        def extra(self, place: int, size_bytes: int) -> bytes:
+            return (self._digits + bytes(size_bytes))[:size_bytes]
+
+    for nudge, expected in ((-(1 << 700), True), (1 << 700, False)):
+        number = low + nudge
+        level = number >> (bits - 64)
+        assert level == low >> (bits - 64)
+        assert discrete._below(level, Given(number), 0, Fraction(1), Fraction(1)) is expected
+
+
+@pytest.mark.parametrize("sizes", [[1] * 50 + [99_950], [100_000], [0, 33_333, 66_667], [99_999, 1]])
+def test_numbers_do_not_depend_on_how_many_are_drawn_at_once(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = discrete_gaussian(insecure_seeded_noise("chunks"), variance=100, count=100_000)
+    monkeypatch.setattr(discrete, "BATCH", 1000)
+    tails = []
+    tail = discrete._tail
+    monkeypatch.setattr(discrete, "_tail", lambda *args, **kwargs: tails.append(1) or tail(*args, **kwargs))
+    stream = insecure_seeded_noise("chunks")
+    parts = [discrete_gaussian(stream, variance=100, count=size) for size in sizes]
+    assert np.array_equal(np.concatenate(parts), whole)
+    # Tails, which use extra bits, were among them.
+    assert tails
+
+
+def test_the_tail_is_drawn_and_never_overflows() -> None:
+    class Far(NoiseStream):
+        """The tail's entry with U = 0, and a superblock whose number has every bit zero: the farthest there is."""
+
+        def take(self, size_bytes: int) -> bytes:
+            return (b"\xff\xff\xff\xff\xff\xff\xff\xff" + bytes(8)) * (size_bytes // 16)
+
+        def extra(self, place: int, size_bytes: int) -> bytes:
+            return b"\xff" * 8 + bytes(size_bytes - 8)
+
+    far = Far(bytes(32), void=True)
+    for steps in (discrete._steps(Fraction(1, 2**91), 2), discrete._steps(Fraction(1, 2**45), 1)):
+        x, _ = discrete._tail(steps, far, 0, negative=True)
+        assert -(2**62) < x < -(2**50)
+    # With fewer zero bits it is kept: U is 0.
+    steps = discrete._steps(Fraction(1, 2), 2)
+    words = np.frombuffer(far.take(16), "<u8").reshape(1, 2)
+    x, kept = discrete._decide(steps, words, insecure_seeded_noise("tail"), 0)
+    assert x[0] <= -1 - steps.tail_start
+    assert kept.all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(exponent=st.fractions(0, 200, max_denominator=10**9), bits=st.sampled_from([64, 128, 256]))
+def test_exp_bounds_enclose(exponent: Fraction, bits: int) -> None:
+    low, high = exp_bounds(exponent, bits)
+    assert 0 <= low <= high <= low + 2
+    with localcontext() as context:
+        context.prec = 200
+        value = (-Decimal(exponent.numerator) / Decimal(exponent.denominator)).exp() * 2**bits
+        assert low <= value <= high
+
+
+def test_known_probabilities_and_numbers() -> None:
+    for name, (rate, power) in {"gaussian": (Fraction(1, 20), 2), "laplace": (Fraction(1, 3), 1)}.items():
+        law = exact_law(rate, power)
+        for x, digits in VECTORS["probabilities"][name].items():
+            assert abs(law[int(x)] - Decimal(digits)) < Decimal(10) ** -58
+    stream = insecure_seeded_noise("vectors")
+    assert discrete_gaussian(stream, variance=10, count=16).tolist() == VECTORS["numbers"]["gaussian"]
+    assert discrete_laplace(stream, scale=3, count=16).tolist() == VECTORS["numbers"]["laplace"]
+    assert discrete_gaussian(stream, variance=2**80, count=4).tolist() == VECTORS["numbers"]["large"]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, Fraction(1, 10**7), 2**90 + 1])
+def test_what_cannot_be_drawn_is_refused(wrong: Fraction) -> None:
+    stream = insecure_seeded_noise("refused")
+    with pytest.raises(BadUsage, match="variance: got"):
+        discrete_gaussian(stream, variance=wrong, count=1)
+    with pytest.raises(BadUsage, match="scale: got"):
+        discrete_laplace(stream, scale=wrong, count=1)
+    with pytest.raises(BadUsage, match="limit: got"):
+        uniform_below(stream, limit=0, count=1)
+
+
+def test_extreme_sigmas_are_drawn() -> None:
+    stream = insecure_seeded_noise("extreme")
+    assert not discrete_gaussian(stream, variance=Fraction(1, 10**6), count=1000).any()
+    assert not discrete_laplace(stream, scale=Fraction(1, 100), count=1000).any()
+    assert len(discrete_gaussian(stream, variance=1, count=0)) == 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10, 2**40 + 1])
+def test_whole_numbers_below_a_limit_are_uniform(limit: int) -> None:
+    values = uniform_below(insecure_seeded_noise(f"below {limit}"), limit=limit, count=100_000)
+    assert values.min() >= 0
+    assert values.max() < limit
+    columns = min(limit, 10)
+    counts = np.bincount(values * columns // limit, minlength=columns)
+    assert stats.chisquare(counts).pvalue > FALSE_ALARM if columns > 1 else counts[0] == 100_000
