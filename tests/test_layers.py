@@ -29,7 +29,7 @@ OWNERS = {
     "tenseal": {"encrypted/seal.py"},
     "opacus": set(),
     "dp_accounting": {"privacy/accounting.py"},
-    "sqlite3": {"privacy/ledger.py"},
+    "sqlite3": {"privacy/ledger_store.py"},
 }
 
 

@@ -2,19 +2,36 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fedinfer.cli.console import note, out, show_json, show_table
-from fedinfer.privacy.ledger import PrivacyLedger
+from fedinfer.errors import BadUsage
+from fedinfer.files import replace_file
+from fedinfer.privacy.filters import FilterName
+from fedinfer.privacy.ledger import LedgerSummary, PrivacyLedger
+from fedinfer.privacy.ledger_export import check_export, export_lines
+from fedinfer.privacy.ledger_store import MAGIC
 
 
-def init_ledger(path: Path, *, epsilon: float, delta: float, as_json: bool) -> None:
+def init_ledger(
+    path: Path,
+    *,
+    epsilon: float,
+    delta: float,
+    filter: FilterName,
+    key: Path | None,
+    head: Path | None,
+    as_json: bool,
+) -> None:
     """Make a ledger with a budget and say its enrolment id."""
-    with PrivacyLedger.create(path, epsilon=epsilon, delta=delta) as ledger:
-        enrolment = ledger.summary().enrolment
+    with PrivacyLedger.create(path, epsilon=epsilon, delta=delta, filter=filter, key=key, head=head) as ledger:
+        summary = ledger.summary()
     if as_json:
-        show_json({"path": str(path), "enrolment": enrolment, "epsilon": epsilon, "delta": delta})
+        told = {"path": str(path), "enrolment": summary.enrolment, "epsilon": epsilon, "delta": delta}
+        show_json({**told, "filter": summary.filter, "public_key": summary.public_key, "head": summary.head})
     else:
-        out.print(f"{path}: enrolled as {enrolment}, budget ε = {epsilon:g} at δ = {delta:g}")
+        out.print(f"{path}: enrolled as {summary.enrolment}, budget ε = {epsilon:g} at δ = {delta:g}")
+        out.print(f"public key {summary.public_key}: give it to whoever may check the ledger")
 
 
 def show_ledger(path: Path, *, as_json: bool) -> None:
@@ -27,11 +44,13 @@ def show_ledger(path: Path, *, as_json: bool) -> None:
     out.print(f"{path}: enrolment {summary.enrolment}")
     out.print(
         f"spent ε {summary.spent_epsilon:.4g} of {summary.budget_epsilon:g}, "
-        f"δ {summary.spent_delta:.3g} of {summary.budget_delta:g}"
+        f"δ {summary.spent_delta:.3g} of {summary.budget_delta:g} ({_rule(summary)})"
     )
+    out.print(f"head: {summary.head or 'none kept, so an older copy in its place is not found out'}")
     rows = [
         (
             run.run,
+            run.kind,
             f"{run.epsilon:.4g}" + (" (void)" if run.void else ""),
             f"{run.delta:g}",
             f"{run.reserved} of {run.steps}",
@@ -40,16 +59,67 @@ def show_ledger(path: Path, *, as_json: bool) -> None:
         )
         for run in summary.runs
     ]
-    show_table("runs charged", ("run", "ε", "δ", "releases", "unfinished", "repeated"), rows)
+    show_table("runs charged", ("run", "kind", "ε", "δ", "releases", "unfinished", "repeated"), rows)
     if any(run.void for run in summary.runs):
         note("void: the noise of that run was seeded and can be repeated by anyone who knows the seed")
 
 
-def verify_ledger(path: Path, *, as_json: bool) -> None:
-    """Check every entry; an error says which does not follow."""
-    with PrivacyLedger.open(path) as ledger:
-        entries = ledger.verify()
-    if as_json:
-        show_json({"path": str(path), "entries": entries, "verified": True})
+def verify_ledger(path: Path, *, head: Path | None, public_key: str | None, as_json: bool) -> None:
+    """Check every entry of a ledger or an export; an error says which is not right."""
+    if _is_database(path) or not path.exists():
+        result = _verify_database(path, head, public_key)
+    elif head is not None:
+        raise BadUsage(f"--head: got the export {path}, expected a ledger; an export has no head")
     else:
-        out.print(f"{path}: {entries} entries, each follows from the one before")
+        history = check_export(path, public_key=public_key)
+        result = {
+            "entries": history.number,
+            "verified": True,
+            "enrolment": history.enrolment.id,
+            "public_key": history.public_key,
+        }
+    if as_json:
+        show_json({"path": str(path), **result})
+        return
+    out.print(f"{path}: {result['entries']} entries, each signed and following from the one before")
+    out.print(f"enrolment {result['enrolment']}, public key {result['public_key']}")
+    if public_key is None:
+        note("the key is the one that the file names; compare it with what you were given, or use --public-key")
+
+
+def export_ledger(path: Path, *, to: Path, as_json: bool) -> None:
+    """Write all entries as JSON lines."""
+    with PrivacyLedger.open(path) as ledger:
+        entries = ledger.entries()
+    replace_file(to, export_lines(str(path), entries).encode())
+    if as_json:
+        show_json({"path": str(path), "out": str(to), "entries": len(entries)})
+    else:
+        out.print(f"{to}: {len(entries)} entries of {path}; `fedinfer ledger verify {to}` checks them anywhere")
+
+
+def _verify_database(path: Path, head: Path | None, public_key: str | None) -> dict[str, Any]:
+    opened = PrivacyLedger.open(path) if head is None else PrivacyLedger.open_with_new_head(path, head=head)
+    with opened as ledger:
+        entries, summary = ledger.verify(public_key=public_key), ledger.summary()
+    return {
+        "entries": entries,
+        "verified": True,
+        "enrolment": summary.enrolment,
+        "public_key": summary.public_key,
+        "head": summary.head,
+    }
+
+
+def _is_database(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _rule(summary: LedgerSummary) -> str:
+    rule = summary.filter
+    if rule["name"] == "renyi":
+        return f"Rényi filter at order {rule['order']:g}"
+    return "Gaussian filter" if rule["name"] == "gdp" else "basic filter: sums"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -250,17 +251,42 @@ def ask(
 LedgerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A ledger file.")]
 
 
-@ledger_app.command("init", epilog="Example:  fedinfer ledger init cleveland.ledger --epsilon 4 --delta 1e-5")
+class FilterChoice(StrEnum):
+    """The values of --filter."""
+
+    basic = "basic"
+    renyi = "renyi"
+    gdp = "gdp"
+
+
+@ledger_app.command(
+    "init",
+    epilog="Example:  fedinfer ledger init cleveland.ledger --epsilon 4 --delta 1e-5 --head /mnt/other/cleveland.head",
+)
 def ledger_init(
     path: LedgerPath,
     epsilon: Annotated[float, typer.Option(help="The whole budget ε that may ever be spent.")],
     delta: Annotated[float, typer.Option(help="The whole budget δ.")],
+    filter: Annotated[
+        FilterChoice,
+        typer.Option(
+            help="How charges add up: basic (ε and δ; a few large plans), renyi (many small charges), "
+            "gdp (Gaussian mechanisms without sampling only)."
+        ),
+    ] = FilterChoice.basic,
+    key: Annotated[
+        Path | None, typer.Option(help="Where the signing key is, or is made; PATH.key unless said.")
+    ] = None,
+    head: Annotated[
+        Path | None,
+        typer.Option(help="Keep a head file here, on another disk if you can: it finds an older copy of the ledger."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Enrol a data set: set its budget, once. Its id is random and says nothing about the rows."""
     from fedinfer.cli.books import init_ledger
 
-    init_ledger(path, epsilon=epsilon, delta=delta, as_json=json)
+    init_ledger(path, epsilon=epsilon, delta=delta, filter=filter.value, key=key, head=head, as_json=json)
 
 
 @ledger_app.command("show", epilog="Example:  fedinfer ledger show cleveland.ledger")
@@ -272,11 +298,36 @@ def ledger_show(path: LedgerPath, json: Json = False) -> None:
 
 
 @ledger_app.command("verify", epilog="Example:  fedinfer ledger verify cleveland.ledger")
-def ledger_verify(path: LedgerPath, json: Json = False) -> None:
-    """Check the file and its chain of hashes."""
+def ledger_verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH|EXPORT", help="A ledger, or an export of one.")],
+    head: Annotated[
+        Path | None,
+        typer.Option(
+            help="After the check, keep the ledger's head in this file from now on: for a head that was lost, moved "
+            "or never there. Refused if a head that is still there knows of more entries."
+        ),
+    ] = None,
+    public_key: Annotated[
+        str | None, typer.Option(metavar="HEX", help="The public key that the ledger must have.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check the file, its head, and hash and signature of each entry."""
     from fedinfer.cli.books import verify_ledger
 
-    verify_ledger(path, as_json=json)
+    verify_ledger(path, head=head, public_key=public_key, as_json=json)
+
+
+@ledger_app.command("export", epilog="Example:  fedinfer ledger export cleveland.ledger -o cleveland.jsonl")
+def ledger_export(
+    path: LedgerPath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the JSON lines.")],
+    json: Json = False,
+) -> None:
+    """Write all entries with hashes and signatures; `ledger verify` checks the file anywhere."""
+    from fedinfer.cli.books import export_ledger
+
+    export_ledger(path, to=out, as_json=json)
 
 
 def check_rounds(rounds: int | None) -> None:

@@ -1,183 +1,163 @@
 """The privacy ledger: on the data holder's disk, what was promised and what was released.
 
 A release is reserved (and on disk) before rows are used, and committed after it left. A crash in between leaves it
-spent. The ledger is an append-only list of entries in SQLite, each with the hash of the one before.
+spent. The ledger is an append-only list of entries in SQLite (`ledger_store.py`), each with the hash of the one before
+and a signature (`signing.py`), and decides by reading them (`ledger_history.py`).
 
-A plan that is fixed in advance is charged whole, at its first release. Plans compose by adding their ε and their δ,
-which holds for plans chosen adaptively too (Rogers et al. 2016, arXiv:1605.08294, basic composition filter). A
-repeated round draws fresh noise and is one more release of the plan; when its steps are used up, the ledger refuses.
+A plan that is fixed in advance is charged whole, at its first release. Plans and single releases of any kind compose
+by the filter that was chosen when the ledger was made (`filters.py`), also when each is chosen by the answers before.
+A repeated round draws fresh noise and is one more release of the plan; when its steps are used up, the ledger refuses.
 
-Adversary: crashes, retries, a server that asks again. Not: somebody who may write the data holder's disk.
+Adversary: crashes, retries, several processes at once, a server that asks again; whoever changes entries without the
+signing key; with a head kept elsewhere (`heads.py`), whoever puts an old copy in the ledger's place. Not: somebody who
+may write ledger, key and head.
 """
 
-import hashlib
-import json
-import os
 import secrets
-import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from fedinfer.errors import BudgetExceeded, LedgerError
-from fedinfer.privacy.checks import check_delta, check_epsilon
+from fedinfer.errors import BadUsage, BudgetExceeded, LedgerError
+from fedinfer.privacy.filters import Charge, FilterName, choose_filter
+from fedinfer.privacy.heads import Head, HeadFile, Mark, check_head, check_not_rolled_back, rolled_back
+from fedinfer.privacy.ledger_export import check_entries
+from fedinfer.privacy.ledger_history import Charged, History, Run, charge_to_json
+from fedinfer.privacy.ledger_migration import beside, finish_migration, migrate
+from fedinfer.privacy.ledger_store import FORMAT, Entry, Store, make_entry
+from fedinfer.privacy.ledger_summary import LedgerSummary, RunSummary, summarise
+from fedinfer.privacy.signing import SigningKey
 
-APPLICATION_ID = 0x46454449
-FORMAT = 1
-LOCK_TIMEOUT_S = 60.0
-# Sums of decimal budgets: 0.1 + 0.2 may be spent from 0.3.
-SLACK = 1e-9
+__all__ = ["Charge", "LedgerSummary", "PrivacyLedger", "Reservation", "RunSummary"]
 
-TABLE = """
-CREATE TABLE entries (
-    number INTEGER PRIMARY KEY, kind TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
-    attempt INTEGER NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL
-);
-CREATE UNIQUE INDEX once ON entries (kind, run, round, attempt);
-"""
-
-
-class Charge(Protocol):
-    """What a ledger needs of a plan."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def delta(self) -> float: ...
-    def epsilon(self) -> float: ...
-    def digest(self) -> str: ...
-    def to_json(self) -> dict[str, Any]: ...
+Write = Callable[[str, str, int, int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reservation:
-    """One release that the ledger has on disk as spent."""
+    """One release that the ledger has on disk as spent.
+
+    `repeated` says that it was reserved before: whoever holds it may send again the very bytes that were made then,
+    and must not draw noise for it.
+    """
 
     run: str
     round: int
     attempt: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSummary:
-    """One plan in the ledger: what it was charged, and how many of its releases were reserved and committed."""
-
-    run: str
-    epsilon: float
-    delta: float
-    steps: int
-    reserved: int
-    committed: int
-    repeated: int
-    void: bool
-    plan: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LedgerSummary:
-    """The budget, and what is spent of it. Both are public; so is the random enrolment id."""
-
-    enrolment: str
-    budget_epsilon: float
-    budget_delta: float
-    spent_epsilon: float
-    spent_delta: float
-    runs: tuple[RunSummary, ...]
+    repeated: bool = False
 
 
 class PrivacyLedger:
     """An open ledger. One object belongs to one thread; several processes may hold the same file."""
 
-    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
-        self._connection = connection
+    def __init__(self, store: Store, name: str, *, key: SigningKey | None, head: Head | None) -> None:
+        self._store = store
         self._name = name
+        self._signing_key = key
+        self._given_head = head
+        self._history = History(name)
 
     @classmethod
-    def create(cls, path: Path, *, epsilon: float, delta: float) -> Self:
+    def create(
+        cls,
+        path: Path,
+        *,
+        epsilon: float,
+        delta: float,
+        filter: FilterName = "basic",
+        key: Path | None = None,
+        head: Path | None = None,
+    ) -> Self:
         """Make a new ledger file with a budget and a random enrolment id, and open it.
 
-        Raises: LedgerError if the file is there already, or an old one's journal is; BadUsage for a budget that
-        cannot be.
+        `key` is where the signing key is, or is made (default: `PATH.key`); `head` where to keep a head file.
+        Raises: LedgerError if the file is there already, or an old one's journal or head is; BadUsage for a budget
+        that cannot be.
         """
-        check_epsilon(epsilon)
-        check_delta(delta)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (Path(f"{path}-wal"), Path(f"{path}-shm")):
-            # SQLite would replay an old journal into the new ledger.
-            if leftover.exists() and not path.exists():
-                raise LedgerError(f"ledger {path}: got {leftover.name} of a ledger that was removed; remove that too")
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with cls._connect(str(unfinished)) as ledger:
-                ledger._enrol(epsilon, delta)
-            # Unlike a rename, a link never replaces a ledger that is already there.
-            os.link(unfinished, path)
-        except FileExistsError:
-            raise LedgerError(f"ledger {path}: got an existing file, expected none; a budget is set once") from None
-        except sqlite3.Error as error:
-            raise LedgerError(f"ledger {path}: cannot be written there ({error})") from None
-        finally:
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{unfinished}{suffix}").unlink(missing_ok=True)
+        key_path = None if key is None else key.absolute()
+        keeper = None if head is None else HeadFile(head.absolute())
+        draft = _enrolment(epsilon=epsilon, delta=delta, filter=filter, key=key_path, head=keeper)
+        if path.exists():
+            raise LedgerError(f"ledger {path}: got an existing file, expected none; a budget is set once")
+        if keeper is not None and keeper.read() is not None:
+            raise LedgerError(
+                f"head file {keeper.path}: got one of another ledger, expected none; choose another place"
+            )
+        signing_key = SigningKey.open_or_make(key_path or beside(path))
+        first = _first(signing_key, draft)
+        Store.create(path, first)
+        if keeper is not None:
+            keeper.advance(Mark(enrolment=draft["enrolment"], number=first.number, hash=first.hash))
         return cls.open(path)
 
     @classmethod
     def scratch(cls, *, epsilon: float, delta: float) -> Self:
         """A ledger in memory, for evaluations on public data: it protects nobody and is gone with the process."""
-        ledger = cls._connect(":memory:")
-        ledger._enrol(epsilon, delta)
-        return ledger
+        key = SigningKey.generate()
+        draft = _enrolment(epsilon=epsilon, delta=delta, filter="basic", key=None, head=None)
+        return cls(Store.in_memory(_first(key, draft)), ":memory:", key=key, head=None)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a ledger file.
+    def open(cls, path: Path, *, head: Head | None = None) -> Self:
+        """Open a ledger file; one of format 1 is brought to this format. `head` is asked instead of the recorded one.
 
-        Raises: LedgerError if there is none, or it is not a ledger of this format.
+        Raises: LedgerError if there is none, or it is not a ledger, or its entries do not verify, or its head says
+        that it was set back.
         """
-        if not path.is_file():
-            raise LedgerError(
-                f"ledger {path}: got no such file; the data holder makes one with "
-                "`fedinfer ledger init PATH --epsilon E --delta D`"
-            )
+        ledger = cls._of_this_format(path, head=head)
         try:
-            ledger = cls._connect(str(path))
-            (application,) = ledger._connection.execute("PRAGMA application_id").fetchone()
-            (version,) = ledger._connection.execute("PRAGMA user_version").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(f"ledger {path}: got a file that is not a ledger ({error})") from None
-        if application != APPLICATION_ID or version != FORMAT:
+            with ledger._reading():
+                pass
+        except BaseException:
             ledger.close()
-            raise LedgerError(
-                f"ledger {path}: got a database of another kind or format, expected ledger format {FORMAT}"
-            )
+            raise
         return ledger
 
     @classmethod
-    def _connect(cls, name: str) -> Self:
-        connection = sqlite3.connect(name, timeout=LOCK_TIMEOUT_S, isolation_level=None)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        return cls(connection, name)
+    def open_with_new_head(cls, path: Path, *, head: Path) -> Self:
+        """Open a ledger and keep its head in the file `head` from now on: the old one was lost, moved, or never there.
 
-    def _enrol(self, epsilon: float, delta: float) -> None:
-        self._connection.executescript(TABLE)
-        self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        self._connection.execute(f"PRAGMA user_version = {FORMAT}")
-        body = {
-            "enrolment": secrets.token_hex(16),
-            "epsilon": epsilon,
-            "delta": delta,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        with self._transaction():
-            self._append("enrol", "", 0, 0, body)
+        The entries are verified first. It is for the data holder to decide: what an old copy of the ledger has
+        forgotten, nobody remembers once the head that knew it is gone.
+        Raises: LedgerError if they do not verify, or if the recorded head or the one in `head` knows of entries that
+        this ledger has not: then it was rolled back.
+        """
+        keeper = HeadFile(head.absolute())
+        ledger = cls._of_this_format(path, head=keeper)
+        try:
+            with ledger._store.transaction():
+                ledger._store.check_file()
+                history = check_entries(str(path), ledger._store.entries(), public_key=None)
+                known = {keeper.path, history.head_path or keeper.path}
+                for kept in (HeadFile(place).read() for place in known):
+                    if kept is not None:
+                        check_not_rolled_back(str(path), kept, history.mark, ledger._store.hash_at)
+            keeper.advance(history.mark)
+            if history.head_path != keeper.path:
+                with ledger._writing() as write:
+                    write("head", "", 0, ledger._history.number, {"head": str(keeper.path)})
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    @classmethod
+    def _of_this_format(cls, path: Path, *, head: Head | None) -> Self:
+        store = Store.open(path)
+        try:
+            if store.format != FORMAT:
+                migrate(store, path)
+        except BaseException:
+            store.close()
+            raise
+        return cls(store, str(path), key=None, head=head)
 
     def close(self) -> None:
-        self._connection.close()
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -185,32 +165,49 @@ class PrivacyLedger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def reserve(self, *, run: str, round: int, plan: Charge, void: bool = False) -> Reservation:
+    def reserve(
+        self, *, run: str, round: int, plan: Charge, attempt: int | None = None, void: bool = False
+    ) -> Reservation:
         """Write one release of `plan` to disk as spent, before any row is used for it.
 
-        Guarantees: after it returns, no crash can lose it; after it raises, nothing was written. Reservations of a
-        run never exceed the plan's steps, and the charges of all runs never exceed the budget, in ε and in δ.
-        Raises: BudgetExceeded; LedgerError if the run was charged for another plan.
+        Without `attempt` it is a new release with fresh noise. With the number of an attempt that was reserved
+        before, nothing is written and the same reservation comes back as `repeated`: its holder may only send again
+        the bytes that it stored.
+
+        Guarantees: after it returns, no crash can lose it; after BudgetExceeded, nothing was written. Reservations of
+        a run never exceed the plan's steps, and what all runs were charged never exceeds the budget.
+        Raises: BudgetExceeded; LedgerError if the run was charged for another plan, an attempt before this one is
+        missing, or the release is on disk but the head cannot be advanced (it is then spent, and must not be made).
         """
-        with self._transaction():
-            charge = self._charged(run, plan) or self._charge(run, plan)
-            used = self._count("reserve", run)
-            if used >= charge["steps"]:
-                raise BudgetExceeded(f"run {run!r}: got {used} releases of {charge['steps']} planned; start a new run")
-            attempt = 1 + self._count("reserve", run, round)
-            self._append("reserve", run, round, attempt, {"void": void})
-        return Reservation(run=run, round=round, attempt=attempt)
+        if attempt is not None and attempt < 1:
+            raise BadUsage(f"attempt: got {attempt}, expected at least 1")
+        with self._writing() as write:
+            known = self._known(run, plan)
+            made = 0 if known is None else known.attempts.get(round, 0)
+            if attempt is not None and attempt <= made:
+                return Reservation(run=run, round=round, attempt=attempt, repeated=True)
+            if attempt is not None and attempt != made + 1:
+                raise LedgerError(
+                    f"run {run!r}, round {round}: got attempt {attempt}, expected {made + 1}; none may be left out"
+                )
+            steps, reserved = (plan.steps, 0) if known is None else (known.charge.steps, known.reserved)
+            if reserved >= steps:
+                raise BudgetExceeded(f"run {run!r}: got {reserved} releases of {steps} planned; start a new run")
+            if known is None:
+                write("charge", run, 0, 0, charge_to_json(self._affordable(plan)))
+            write("reserve", run, round, made + 1, {"void": void})
+        return Reservation(run=run, round=round, attempt=made + 1)
 
     def check(self, *, run: str, plan: Charge, releases: int = 1) -> None:
         """Raise if `reserve` would refuse one of the next `releases` releases of `plan`, and write nothing.
 
         Raises: BudgetExceeded; LedgerError if the run was charged for another plan.
         """
-        with self._transaction():
-            charge = self._charged(run, plan)
-            if charge is None:
+        with self._reading():
+            known = self._known(run, plan)
+            if known is None:
                 self._affordable(plan)
-            left = plan.steps - self._count("reserve", run)
+            left = plan.steps - (0 if known is None else known.reserved)
             if left < releases:
                 raise BudgetExceeded(
                     f"run {run!r}: got {left} releases left of {plan.steps} in {self._name}, expected {releases} for "
@@ -218,133 +215,155 @@ class PrivacyLedger:
                 )
 
     def commit(self, reservation: Reservation) -> None:
-        """Note that the release left the device.
+        """Note that the release left the device. For a repeated one that is noted already, nothing is written.
 
         Raises: LedgerError if it was not reserved, or is committed already.
         """
-        place = (reservation.run, reservation.round, reservation.attempt)
-        with self._transaction():
-            known = self._connection.execute(
-                "SELECT count(*) FROM entries WHERE kind = 'reserve' AND run = ? AND round = ? AND attempt = ?", place
-            ).fetchone()[0]
-            if not known:
+        place = (reservation.round, reservation.attempt)
+        with self._writing() as write:
+            run = self._history.runs.get(reservation.run)
+            if run is None or not 1 <= reservation.attempt <= run.attempts.get(reservation.round, 0):
                 raise LedgerError(f"run {reservation.run!r}, round {reservation.round}: got a release never reserved")
-            self._append("commit", *place, {})
+            if place not in run.committed:
+                write("commit", reservation.run, *place, {})
+            elif not reservation.repeated:
+                raise LedgerError(
+                    f"run {reservation.run!r}, round {reservation.round}: got a commit that is there already"
+                )
 
     def summary(self) -> LedgerSummary:
         """Budget and spending, read in one transaction."""
-        with self._transaction():
-            enrolment = self._enrolment()
-            charges = self._connection.execute("SELECT run, body FROM entries WHERE kind = 'charge' ORDER BY number")
-            runs = tuple(self._run(run, json.loads(body)) for run, body in charges.fetchall())
-        return LedgerSummary(
-            enrolment=enrolment["enrolment"],
-            budget_epsilon=enrolment["epsilon"],
-            budget_delta=enrolment["delta"],
-            spent_epsilon=sum(run.epsilon for run in runs),
-            spent_delta=sum(run.delta for run in runs),
-            runs=runs,
-        )
+        with self._reading():
+            return summarise(self._history)
 
-    def verify(self) -> int:
-        """Check the file and the chain of hashes from the first entry to the last; return the number of entries.
+    def verify(self, *, public_key: str | None = None) -> int:
+        """Check the file, the head, and hash, signature and sense of each entry; return the number of entries.
 
-        Raises: LedgerError at the first entry that does not follow from the one before.
+        `public_key` is the one that the ledger is expected to have, from another source than the ledger.
+        Raises: LedgerError at the first entry that is not right.
         """
-        with self._transaction():
-            (integrity,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
-            if integrity != "ok":
-                raise LedgerError(f"ledger {self._name}: the database is damaged ({integrity})")
-            before, expected = "", 1
-            for row in self._connection.execute("SELECT * FROM entries ORDER BY number"):
-                if row[0] != expected or row[-1] != _hash(before, row[:-1]):
-                    raise LedgerError(f"ledger {self._name}: entry {expected} was changed, removed or put in later")
-                before, expected = row[-1], expected + 1
-            self._enrolment()
-        return expected - 1
+        with self._reading():
+            self._store.check_file()
+            return check_entries(self._name, self._store.entries(), public_key=public_key).number
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries, for an export."""
+        with self._reading():
+            return tuple(self._store.entries())
+
+    def _head(self) -> Head | None:
+        if self._given_head is not None:
+            return self._given_head
+        return None if self._history.head_path is None else HeadFile(self._history.head_path)
+
+    def _key(self) -> SigningKey:
+        if self._signing_key is None:
+            path = self._history.key_path or beside(Path(self._name))
+            finish_migration(path)
+            key = SigningKey.open(path)
+            if key.public != self._history.public_key:
+                raise LedgerError(f"ledger key {path}: got the key of another ledger; put this ledger's key there")
+            self._signing_key = key
+        return self._signing_key
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-        except sqlite3.IntegrityError:
-            raise LedgerError(f"ledger {self._name}: got an entry that is there already") from None
-        except sqlite3.Error as error:
-            raise LedgerError(f"ledger {self._name}: cannot be read or written ({error})") from None
+    def _reading(self) -> Iterator[None]:
+        with self._store.transaction():
+            self._catch_up()
+            yield
 
-    def _append(self, kind: str, run: str, round: int, attempt: int, body: Mapping[str, Any]) -> None:
-        last = self._connection.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
-        number, before = last or (0, "")
-        row = (number + 1, kind, run, round, attempt, json.dumps(body, sort_keys=True))
-        self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, _hash(before, row)))
+    @contextmanager
+    def _writing(self) -> Iterator[Write]:
+        """A transaction that ends with its entries on disk and, after that, the head at the last of them."""
+        added: list[Entry] = []
 
-    def _charged(self, run: str, plan: Charge) -> dict[str, Any] | None:
-        charge = self._body("charge", run)
-        if charge is not None and charge["digest"] != plan.digest():
+        def write(kind: str, run: str, round: int, attempt: int, body: Mapping[str, Any]) -> None:
+            number, before = (added[-1].number, added[-1].hash) if added else (self._history.number, self._history.hash)
+            entry = make_entry(
+                self._key(),
+                number=number + 1,
+                before=before,
+                kind=kind,
+                run=run,
+                round=round,
+                attempt=attempt,
+                body=body,
+            )
+            self._store.append(entry)
+            added.append(entry)
+
+        with self._store.transaction():
+            self._catch_up()
+            # Brought up to date under the lock, the head never falls more than one transaction behind.
+            self._advance_head()
+            yield write
+        for entry in added:
+            self._history.add(entry, signature=False)
+        if added:
+            self._advance_head()
+
+    def _catch_up(self) -> None:
+        """Read what was added since the last time, and ask the head whether anything is missing."""
+        history = self._history
+        if history.number and self._store.hash_at(history.number) != history.hash:
+            raise rolled_back(self._name, "it had an entry that is gone")
+        fresh = list(self._store.entries(after=history.number))
+        for entry in fresh:
+            history.add(entry, signature=entry is fresh[-1])
+        if history.public_key is None:
+            raise LedgerError(f"ledger {self._name}: got no public key, expected one in its enrolment")
+        head = self._head()
+        if head is not None:
+            check_head(self._name, head, history.mark, self._store.hash_at)
+
+    def _advance_head(self) -> None:
+        head = self._head()
+        if head is not None:
+            head.advance(self._history.mark)
+
+    def _known(self, run: str, plan: Charge) -> Run | None:
+        """The run if it was charged for, then for this plan."""
+        known = self._history.runs.get(run)
+        if known is not None and known.charge.digest != plan.digest():
             raise LedgerError(f"run {run!r}: got another plan than the one charged, expected a new run name")
+        return known
+
+    def _affordable(self, plan: Charge) -> Charged:
+        """What `plan` is charged.
+
+        Raises: BudgetExceeded if it does not fit; LedgerError if it is for other neighbours, or has no such numbers.
+        """
+        rule = self._history.enrolment.filter
+        body, steps = plan.to_json(), plan.steps
+        if type(steps) is not int or steps < 1:
+            raise LedgerError(f"steps: got {steps}, expected a whole number of at least 1")
+        charge = Charged(
+            kind=str(body.get("kind", type(plan).__name__)),
+            digest=plan.digest(),
+            steps=steps,
+            cost=rule.cost(plan),
+            plan=body,
+        )
+        self._history.check_neighbours(charge)
+        rule.check(self._history.spent, charge.cost)
         return charge
 
-    def _charge(self, run: str, plan: Charge) -> dict[str, Any]:
-        body = {
-            "digest": plan.digest(),
-            "epsilon": self._affordable(plan),
-            "delta": plan.delta,
-            "steps": plan.steps,
-            "plan": plan.to_json(),
-        }
-        self._append("charge", run, 0, 0, body)
-        return body
 
-    def _affordable(self, plan: Charge) -> float:
-        epsilon = plan.epsilon()
-        budget = self._enrolment()
-        rows = self._connection.execute("SELECT body FROM entries WHERE kind = 'charge'").fetchall()
-        charges = [json.loads(body) for (body,) in rows]
-        for name, asked in (("epsilon", epsilon), ("delta", plan.delta)):
-            spent = sum(charge[name] for charge in charges)
-            if spent + asked > budget[name] * (1.0 + SLACK):
-                raise BudgetExceeded(
-                    f"{name}: got a plan of {asked:.6g} with {spent:.6g} of {budget[name]:.6g} spent in "
-                    f"{self._name}; nothing was released or spent. The data holder decides whether to enrol anew"
-                )
-        return epsilon
-
-    def _enrolment(self) -> dict[str, Any]:
-        body = self._body("enrol", "")
-        if body is None:
-            raise LedgerError(f"ledger {self._name}: got no enrolment, expected one as its first entry")
-        return body
-
-    def _body(self, kind: str, run: str) -> dict[str, Any] | None:
-        row = self._connection.execute("SELECT body FROM entries WHERE kind = ? AND run = ?", (kind, run)).fetchone()
-        return None if row is None else json.loads(row[0])
-
-    def _count(self, kind: str, run: str, round: int | None = None) -> int:
-        where = "kind = ? AND run = ?" + ("" if round is None else " AND round = ?")
-        values = (kind, run) if round is None else (kind, run, round)
-        return int(self._connection.execute(f"SELECT count(*) FROM entries WHERE {where}", values).fetchone()[0])
-
-    def _run(self, run: str, charge: Mapping[str, Any]) -> RunSummary:
-        rows = self._connection.execute("SELECT attempt, body FROM entries WHERE kind = 'reserve' AND run = ?", (run,))
-        releases = rows.fetchall()
-        return RunSummary(
-            run=run,
-            epsilon=charge["epsilon"],
-            delta=charge["delta"],
-            steps=charge["steps"],
-            reserved=len(releases),
-            committed=self._count("commit", run),
-            repeated=sum(attempt > 1 for attempt, _ in releases),
-            void=any(json.loads(body)["void"] for _, body in releases),
-            plan=charge["plan"],
-        )
+def _enrolment(
+    *, epsilon: float, delta: float, filter: FilterName, key: Path | None, head: HeadFile | None
+) -> dict[str, Any]:
+    rule = choose_filter(filter, epsilon=epsilon, delta=delta)
+    return {
+        "enrolment": secrets.token_hex(16),
+        "epsilon": float(epsilon),
+        "delta": float(delta),
+        "filter": rule.to_json(),
+        "key": None if key is None else str(key),
+        "head": None if head is None else str(head.path),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
-def _hash(before: str, row: tuple[Any, ...]) -> str:
-    return hashlib.sha256(json.dumps([before, *row]).encode()).hexdigest()
+def _first(key: SigningKey, draft: Mapping[str, Any]) -> Entry:
+    body = {**draft, "public_key": key.public}
+    return make_entry(key, number=1, before="", kind="enrol", run="", round=0, attempt=0, body=body)
