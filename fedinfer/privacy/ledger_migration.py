@@ -26,6 +26,8 @@ def migrate(store: Store, path: Path) -> None:
                     f"ledger {path}: got format 1, which is not signed, beside a signing key; somebody may have put it "
                     "there to have it signed. If you know why, move the key away"
                 )
+            before = store.format
+            store.migrate()
             history = History(str(path))
             for entry in store.entries():
                 history.add(entry, signature=False)
@@ -38,9 +40,8 @@ def migrate(store: Store, path: Path) -> None:
                 run="",
                 round=0,
                 attempt=0,
-                body={"from": store.format, "to": FORMAT, "public_key": key.public},
+                body={"from": before, "to": FORMAT, "public_key": key.public},
             )
-            store.migrate()
             store.append(vouching)
     finish_migration(key_path)
 
