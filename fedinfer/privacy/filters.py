@@ -14,7 +14,8 @@ row is read, and says of each charge, before it is made, whether it still fits. 
 
 Why one order: at a fixed order the exponential moment of the privacy loss, divided by what was charged for, cannot
 grow in expectation, whatever is chosen next; so the sum of charges bounds it, at any stopping time. A rule that asks
-for *some* order at which the sum fits lets the answers choose the order, and then bounds no moment at all.
+for *some* order at which the sum fits lets the answers choose the order: each order then bounds its own tail, and
+their union costs δ once for each.
 
 Sums are exact: a number counts as the decimal that is written in the ledger, so that 0.1 + 0.2 fills 0.3 and not a
 hair more.
@@ -35,7 +36,8 @@ ROUND_DOWN = 1.0 - 1e-9
 # Beyond it exp(ε) is no float, and nobody is protected either.
 MAX_EPSILON = 500.0
 ORDERS = (
-    *(1.0 + tenth / 10.0 for tenth in range(1, 100)),
+    *(1.0 + hundredth / 100.0 for hundredth in range(1, 200)),
+    *(tenth / 10.0 for tenth in range(30, 110)),
     *(float(order) for order in range(11, 128)),
     *(float(round(128 * 1.02**power)) for power in range(400)),
 )

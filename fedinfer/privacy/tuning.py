@@ -14,25 +14,27 @@ Reference: Papernot and Steinke 2022, arXiv:2110.03620.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 from fedinfer.errors import BadUsage
-from fedinfer.privacy.checks import check_delta, check_positive
+from fedinfer.privacy.checks import check_delta
 from fedinfer.privacy.filters import Charge, rdp_overhead
 from fedinfer.privacy.noise import NoiseStream
 
+Divergence = Callable[[float], float]
 ORDERS = (
     *(1.0 + step / 8.0 for step in range(1, 57)),
     *(float(order) for order in range(9, 33)),
-    *(32.0 * 1.25**power for power in range(1, 26)),
+    *(float(round(32.0 * 1.25**power)) for power in range(1, 26)),
 )
 NUMBERS = ("steps", "delta", "epsilon", "rdp", "gdp", "digest", "to_json")
-# 64 bits decide all but one draw in 10^17 or so; the next 64 are drawn only for that one.
+# 64 bits decide nearly every draw; 64 more are taken for the others.
 BITS = 64
+MOST_RUNS = 1e6
 
 
 class Runs(Protocol):
@@ -40,8 +42,8 @@ class Runs(Protocol):
 
     @property
     def mean(self) -> float: ...
-    def rdp(self, base: Charge, order: float) -> float:
-        """The Rényi divergence at `order` of releasing the best of so many runs of `base`."""
+    def rdp(self, base: Divergence, order: float) -> float:
+        """The Rényi divergence at `order` of releasing the best of so many runs of divergence `base`."""
         ...
 
     def probabilities(self) -> Iterator[tuple[int, Decimal]]:
@@ -63,10 +65,10 @@ class TruncatedNegativeBinomial:
     gamma: float
 
     def __post_init__(self) -> None:
-        if not (-1.0 < self.eta < math.inf) or 0.0 < abs(self.eta) < 1e-6:
-            raise BadUsage(f"eta: got {self.eta}, expected 0, or a finite number above -1 and not nearly 0")
-        if not 0.0 < self.gamma < 1.0:
-            raise BadUsage(f"gamma: got {self.gamma}, expected more than 0 and less than 1")
+        if not -1.0 < self.eta <= 100.0 or 0.0 < abs(self.eta) < 1e-6:
+            raise BadUsage(f"eta: got {self.eta}, expected 0, or a number above -1, at most 100 and not nearly 0")
+        if not 1e-6 <= self.gamma <= 0.99 or self.mean > MOST_RUNS:
+            raise BadUsage(f"gamma: got {self.gamma}, expected 1e-6 to 0.99, and at most a million runs in the mean")
 
     @property
     def mean(self) -> float:
@@ -80,22 +82,16 @@ class TruncatedNegativeBinomial:
             return -odds / math.log(self.gamma)
         return self.eta * odds / -math.expm1(self.eta * math.log(self.gamma))
 
-    def rdp(self, base: Charge, order: float) -> float:
-        second = min(
-            (1.0 - 1.0 / other) * base.rdp(other) - math.log(self.gamma) / other for other in (*ORDERS, math.inf)
-            if other < math.inf
-        )
-        # At the second order 1 the divergence of the base does not count at all.
-        extra = (1.0 + self.eta) * min(second, -math.log(self.gamma))
-        return base.rdp(order) + extra + math.log(self.mean) / (order - 1.0)
+    def rdp(self, base: Divergence, order: float) -> float:
+        log_gamma = math.log(self.gamma)
+        # Any second order gives a bound. At the order 1 the divergence of the base does not count at all.
+        second = min(-log_gamma, *((1.0 - 1.0 / other) * base(other) - log_gamma / other for other in ORDERS))
+        return base(order) + (1.0 + self.eta) * second + math.log(self.mean) / (order - 1.0)
 
     def probabilities(self) -> Iterator[tuple[int, Decimal]]:
         eta, stay = Decimal(self.eta), 1 - Decimal(self.gamma)
         log_gamma = Decimal(self.gamma).ln()
-        if self.eta == 0.0:
-            probability = -stay / log_gamma
-        else:
-            probability = stay * eta / ((-eta * log_gamma).exp() - 1)
+        probability = -stay / log_gamma if self.eta == 0.0 else stay * eta / ((-eta * log_gamma).exp() - 1)
         number = 1
         while True:
             yield number, probability
@@ -116,13 +112,13 @@ class PoissonRuns:
     mean: float
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.mean <= 1e6:
+        if not 1.0 <= self.mean <= MOST_RUNS:
             raise BadUsage(f"mean: got {self.mean}, expected at least 1 and at most a million")
 
-    def rdp(self, base: Charge, order: float) -> float:
+    def rdp(self, base: Divergence, order: float) -> float:
         epsilon = math.log1p(1.0 / (order - 1.0))
-        delta = min(1.0, *(rdp_delta(other, base.rdp(other), epsilon) for other in ORDERS))
-        return base.rdp(order) + self.mean * delta + math.log(self.mean) / (order - 1.0)
+        delta = min(rdp_delta(other, base(other), epsilon) for other in ORDERS)
+        return base(order) + self.mean * delta + math.log(self.mean) / (order - 1.0)
 
     def probabilities(self) -> Iterator[tuple[int, Decimal]]:
         mean, number = Decimal(self.mean), 0
@@ -164,7 +160,8 @@ class Composed:
 
     def gdp(self) -> float | None:
         mus = [part.gdp() for part in self.parts]
-        return None if None in mus else math.hypot(*(mu for mu in mus if mu is not None))
+        known = [mu for mu in mus if mu is not None]
+        return math.hypot(*known) if len(known) == len(mus) else None
 
     def digest(self) -> str:
         return _digest(self.to_json())
@@ -177,8 +174,8 @@ class Composed:
 class Tuned:
     """The best of a random number of runs by a private score, as one release.
 
-    A run is `training` and then `score`; both are charged, in every run. Settings are drawn anew for each run from a
-    list fixed in advance, by `draw_runs` times. Ties go to the earlier run.
+    A run is `training` and then `score`, both private. There are `draw_runs` of them, each with settings drawn at
+    random, with the same chances in every run, from a list that was fixed in advance.
 
     Guarantees: releasing the best run (its model, its settings, its score), and nothing of the others and not their
     number, has Rényi divergence at most `rdp(order)`, and is (epsilon(), delta)-private.
@@ -205,13 +202,12 @@ class Tuned:
         return 1
 
     @cached_property
-    def _base(self) -> Composed:
-        return Composed(parts=(self.training, self.score))
+    def _base(self) -> Divergence:
+        return cache(Composed(parts=(self.training, self.score)).rdp)
 
     @cached_property
     def _curve(self) -> dict[float, float]:
-        base = _Remembered(self._base)
-        return {order: self.runs.rdp(base, order) for order in ORDERS}
+        return {order: self.runs.rdp(self._base, order) for order in ORDERS}
 
     def epsilon(self) -> float:
         """ε at `delta`, by the best order."""
@@ -222,7 +218,7 @@ class Tuned:
         if order <= 1.0:
             raise BadUsage(f"order: got {order}, expected more than 1")
         above = [rdp for other, rdp in self._curve.items() if other >= order]
-        return min(self.runs.rdp(_Remembered(self._base), order), *above) if above else self.runs.rdp(self._base, order)
+        return min([self.runs.rdp(self._base, order), *above])
 
     def gdp(self) -> float | None:
         return None
@@ -295,23 +291,10 @@ def _located(runs: Runs, words: int, bits: int) -> int | None:
         for number, probability in runs.probabilities():
             before, total = total, total + probability
             if high <= total - slack:
-                return number if before + slack <= low or number == 0 else None
+                return number if before == 0 or before + slack <= low else None
             if total + slack >= 1:
                 return None
     return None
-
-
-class _Remembered:
-    """A charge whose divergences are computed once."""
-
-    def __init__(self, charge: Charge) -> None:
-        self._charge = charge
-        self._known: dict[float, float] = {}
-
-    def rdp(self, order: float) -> float:
-        if order not in self._known:
-            self._known[order] = self._charge.rdp(order)
-        return self._known[order]
 
 
 def _check_charge(name: str, charge: object) -> None:

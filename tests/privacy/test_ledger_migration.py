@@ -65,7 +65,8 @@ def test_a_migration_cut_short_finds_its_key_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["UPDATE entries SET body = replace(body, '4.0', '9.0') WHERE number = 1", "DELETE FROM entries WHERE number = 4"]
+    "change",
+    ["UPDATE entries SET body = replace(body, '4.0', '9.0') WHERE number = 1", "DELETE FROM entries WHERE number = 4"],
 )
 def test_a_changed_ledger_of_format_1_is_not_signed(change: str, tmp_path: Path) -> None:
     path = tmp_path / "ledger"
