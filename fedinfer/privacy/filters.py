@@ -37,8 +37,8 @@ ROUND_DOWN = 1.0 - 1e-9
 MAX_EPSILON = 500.0
 ORDERS = (
     *(1.0 + hundredth / 100.0 for hundredth in range(1, 200)),
-    *(tenth / 10.0 for tenth in range(30, 110)),
-    *(float(order) for order in range(11, 128)),
+    *(tenth / 10.0 for tenth in range(30, 320)),
+    *(float(order) for order in range(32, 128)),
     *(float(round(128 * 1.02**power)) for power in range(400)),
 )
 
