@@ -330,6 +330,14 @@ def ledger_export(
     export_ledger(path, to=out, as_json=json)
 
 
+@ledger_app.command("report", epilog="Example:  fedinfer ledger report model.safetensors")
+def ledger_report(model: ModelPath, json: Json = False) -> None:
+    """Print the report card of a trained model: what is promised, against whom, and what an audit could prove."""
+    from fedinfer.cli.cards import report_model
+
+    report_model(model, as_json=json)
+
+
 def check_rounds(rounds: int | None) -> None:
     """Raises: BadUsage for a number of rounds below one."""
     if rounds is not None and rounds < 1:

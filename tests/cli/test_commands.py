@@ -229,6 +229,8 @@ def test_ledger_commands(hospitals: Path, run: Run, model: Path) -> None:
         "ledger init",
         "ledger show",
         "ledger verify",
+        "ledger export",
+        "ledger report",
     ],
 )
 def test_help_shows_an_example(command: str, run: Run) -> None:
