@@ -12,7 +12,7 @@ arXiv:2209.15596, and Smith and Thakurta 2022, arXiv:2210.17520 (composition of 
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ class ConfidentVotes:
         queries: int,
         answers: int,
         steps: int = 1,
-    ) -> "ConfidentVotes":
+    ) -> Self:
         """The least noise whose ε is at most `epsilon`, met from below to 1e-4; checks and labels cost the same.
 
         Raises: BadUsage for an argument that cannot be.
@@ -97,11 +97,11 @@ class ConfidentVotes:
             steps=steps,
         )
 
-        def with_noise(least: float) -> "ConfidentVotes":
+        def with_noise(least: float, plan: Self) -> Self:
             check, label = least * max(1.0, ratio), least * max(1.0, 1.0 / ratio)
-            return replace(draft, check_sigma=min(check, MOST_SIGMA), label_sigma=min(label, MOST_SIGMA))
+            return replace(plan, check_sigma=min(check, MOST_SIGMA), label_sigma=min(label, MOST_SIGMA))
 
-        return with_noise(least_sigma(lambda least: with_noise(least).epsilon(), epsilon))
+        return with_noise(least_sigma(lambda least: with_noise(least, draft).epsilon(), epsilon), draft)
 
     def label(self, votes: NDArray[np.integer[Any]], stream: NoiseStream) -> list[int | None]:
         """Votes (questions, teachers), each the number of a class, to a label or None for each question.
