@@ -288,7 +288,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axes.axhline(means[0], color="grey", linestyle="--", label=mechanism)
             else:
                 axes.errorbar([row.outsider for row in points], means, spread, marker="o", capsize=2, label=mechanism)
+        epsilons = sorted({row.outsider for row in mine if row.outsider is not None})
         axes.set(title=data, xscale="log", xlabel=f"ε of a client against an outsider, δ = {DELTA:g}")
+        axes.set_xticks(epsilons, [f"{epsilon:.2g}" for epsilon in epsilons])
+        axes.minorticks_off()
     panels[0][0].set_ylabel("accuracy on rows held out")
     panels[0][0].legend()
     figure.tight_layout()

@@ -36,6 +36,9 @@ def clip_update(update: Vector, *, clip_norm: float) -> Vector:
     within the bound, zero above all, stays as it is; one with NaN or infinity becomes zeros.
     Raises: ShapeMismatch if it is not a vector; BadUsage for a clip norm that cannot be.
     Reference: McMahan et al. 2018, arXiv:1710.06963.
+
+    >>> clip_update(np.array([30.0, 40.0], np.float32), clip_norm=1.0).round(3)
+    array([0.6, 0.8], dtype=float32)
     """
     if not LEAST_CLIP <= clip_norm <= MOST_CLIP:
         raise BadUsage(f"clip norm: got {clip_norm}, expected {LEAST_CLIP:g} to {MOST_CLIP:g}")
@@ -132,8 +135,8 @@ class AdaptiveClip:
         mean = (released[:-1] / self._update_scale(clip)).astype(np.float32)
         within = 0.5 + float(released[-1]) / self._bit_scale()
         step = self.learning_rate * (self.target_quantile - within)
-        following = math.exp(min(max(math.log(clip) + step, math.log(LEAST_CLIP)), math.log(MOST_CLIP)))
-        return mean, min(max(following, LEAST_CLIP), MOST_CLIP)
+        # More than e^100 at once would be cut off anyway, and would overflow.
+        return mean, min(max(clip * math.exp(min(step, 100.0)), LEAST_CLIP), MOST_CLIP)
 
     @property
     def steps(self) -> int:

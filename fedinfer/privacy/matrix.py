@@ -51,6 +51,9 @@ class Participation:
 
         Guarantees: tuples made by `admit` alone keep to this participation.
         Raises: BudgetExceeded if the round comes too soon or again, or is one too many.
+
+        >>> Participation(separation=4, at_most=3).admit((1, 5), 9)
+        (1, 5, 9)
         """
         if len(earlier) >= self.at_most:
             raise BudgetExceeded(f"round {round}: got {len(earlier)} participations of {self.at_most}; none is left")

@@ -21,6 +21,7 @@ from fedinfer.errors import BadUsage
 Floats = NDArray[np.float64]
 Objective = Literal["max", "mean"]
 MAX_ROUNDS = 10_000
+LEAST_DROP = 1e-12
 
 
 def sensitivity(coefficients: Sequence[float], *, rounds: int, separation: int, participations: int) -> float:
@@ -30,6 +31,9 @@ def sensitivity(coefficients: Sequence[float], *, rounds: int, separation: int, 
     i ≤ j is a sum of products that shrinks as j or j - i grows; the client's updates enter by inner products of at
     most 1 (all equal is worst), and of all schedules 0, b, 2b, … has the smallest j and the smallest j - i at once.
     Raises: BadUsage for other coefficients.
+
+    >>> round(sensitivity((1.0, 0.5), rounds=8, separation=4, participations=2) ** 2, 9)
+    2.5
     """
     return float(np.linalg.norm(_worst_sum(_checked(coefficients), rounds, separation, participations)))
 
@@ -59,6 +63,9 @@ def optimal_coefficients(
 
     Guarantees: never worse than the square root of the workload cut to `bands`, where the search starts.
     Raises: BadUsage for sizes that cannot be.
+
+    >>> [round(c, 3) for c in optimal_coefficients(rounds=4, bands=4, separation=4, participations=1)]
+    [1.0, 0.5, 0.375, 0.312]
     """
     if not 1 <= bands <= rounds <= MAX_ROUNDS:
         raise BadUsage(f"bands: got {bands} of {rounds} rounds, expected 1 to the rounds, of at most {MAX_ROUNDS}")
@@ -82,9 +89,10 @@ def optimal_coefficients(
         return float(np.log(squared_error) + np.log(squared_reach)), np.cumsum(gradient)
 
     root = _square_root(rounds, momentum)[:bands]
-    start = np.maximum(np.append(-np.diff(root), root[-1]), 0.0)
+    # The loss knows no scale; without a floor a long step could end at all zeros.
+    start = np.maximum(np.append(-np.diff(root), root[-1]), LEAST_DROP)
     options = {"maxiter": 500, "maxfun": 2000, "maxcor": 30, "ftol": 1e-13, "gtol": 1e-9}
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * bands, options=options)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(LEAST_DROP, None)] * bands, options=options)
     best = found.x if found.fun <= loss(start)[0] else start
     c = _suffix_sums(best)
     return tuple(float(value) for value in c / c[0])

@@ -111,6 +111,14 @@ def test_the_pair_of_update_and_bit_keeps_to_the_plans_clip_norm(
         assert not pair.any()
 
 
+def test_a_pair_on_the_edge_of_the_clip_does_not_overshoot_in_float32() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        update = rng.normal(size=SIZE).astype(np.float32)
+        # Just within the clip: the update is not scaled, so that no margin of its own helps the pair.
+        assert norm(ADAPTIVE.contribution(update, clip=norm(update) * (1 + 2e-9))) <= PLAN.clip_norm
+
+
 def test_the_budget_is_split_as_in_the_paper() -> None:
     # Andrew et al., theorem 1: z_Δ = (1/z² - 1/(2 σ_b)²)^(-1/2). At z = 1 and σ_b = 5 it is 1/sqrt(0.99).
     assert replace(ADAPTIVE, plan=replace(PLAN, noise_multiplier=1.0)).update_noise == pytest.approx(0.99**-0.5)

@@ -155,6 +155,30 @@ def test_the_square_root_factorisation_is_equalled_or_beaten(rounds: int) -> Non
     assert gain < 0.99 or rounds < 8
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.floats(0.0, 0.99),
+    st.sampled_from(["max", "mean"]),
+)
+def test_the_search_never_ends_worse_than_the_square_root_it_starts_from(
+    rounds: int, bands: int, separation: int, participations: int, momentum: float, objective: str
+) -> None:
+    bands = min(bands, rounds)
+    question = {"rounds": rounds, "separation": separation, "participations": participations}
+    measure = {"rounds": rounds, "momentum": momentum, "objective": objective}
+    found = optimal_coefficients(**question, bands=bands, momentum=momentum, objective=objective)
+    root = np.array(square_root(rounds))
+    heavy = np.convolve(root, root * momentum ** np.arange(rounds))[:bands]
+    # Rounding may turn a step of zero into a small one upwards.
+    start = tuple(np.minimum.accumulate(heavy))
+    reach = sensitivity(found, **question) * error(found, **measure)
+    assert reach <= sensitivity(start, **question) * error(start, **measure) * (1 + 1e-9)
+
+
 def binary_tree(rounds: int) -> np.ndarray:
     """One row a node: the sums of blocks of 1, 2, 4, … rounds."""
     blocks = [(start, size) for size in 2 ** np.arange(rounds.bit_length()) for start in range(0, rounds, size)]
