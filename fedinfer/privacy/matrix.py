@@ -171,7 +171,7 @@ class MatrixPlan:
         try:
             participation = Participation(**own.pop("participation"))
             return cls(coefficients=tuple(own.pop("coefficients")), participation=participation, **own)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise BadUsage(f"matrix plan: {error}") from None
 
     def to_json(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def optimal_coefficients(
     root = _square_root(rounds, momentum)[:bands]
     # The loss knows no scale; without a floor a long step could end at all zeros.
     start = np.maximum(np.append(-np.diff(root), root[-1]), LEAST_DROP)
-    options = {"maxiter": 500, "maxfun": 2000, "maxcor": 30, "ftol": 1e-13, "gtol": 1e-9}
+    options = {"maxiter": 500, "maxfun": 2000, "maxcor": 30, "ftol": 1e-11, "gtol": 1e-9}
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(LEAST_DROP, None)] * bands, options=options)
     best = found.x if found.fun <= loss(start)[0] else start
     c = _suffix_sums(best)

@@ -367,7 +367,8 @@ def test_a_plan_round_trips_and_its_digest_sees_every_field() -> None:
     ]
     assert len({plan.digest() for plan in (PLAN, *others)}) == 9
     unlabelled = {name: value for name, value in values.items() if name != "trusted"}
-    for wrong in ({**values, "trusted": "nobody"}, unlabelled, {**values, "extra": 1}, {"rounds": 3}):
+    odd = [{**values, **other} for other in ({"coefficients": "abc"}, {"participation": 3}, {"clip_norm": "1"})]
+    for wrong in (*odd, {**values, "trusted": "nobody"}, unlabelled, {**values, "extra": 1}, {"rounds": 3}):
         with pytest.raises(BadUsage, match="matrix plan"):
             MatrixPlan.from_json(wrong)
 
