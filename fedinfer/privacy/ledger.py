@@ -190,11 +190,12 @@ class PrivacyLedger:
                 raise LedgerError(
                     f"run {run!r}, round {round}: got attempt {attempt}, expected {made + 1}; none may be left out"
                 )
-            steps, reserved = (plan.steps, 0) if known is None else (known.charge.steps, known.reserved)
-            if reserved >= steps:
-                raise BudgetExceeded(f"run {run!r}: got {reserved} releases of {steps} planned; start a new run")
             if known is None:
                 write("charge", run, 0, 0, charge_to_json(self._affordable(plan)))
+            elif known.reserved >= known.charge.steps:
+                raise BudgetExceeded(
+                    f"run {run!r}: got {known.reserved} releases of {known.charge.steps} planned; start a new run"
+                )
             write("reserve", run, round, made + 1, {"void": void})
         return Reservation(run=run, round=round, attempt=made + 1)
 
