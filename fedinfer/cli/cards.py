@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedinfer.cli.console import out, show_json, show_table
+from fedinfer.cli.console import out, show_json
 from fedinfer.errors import ModelFileError
 from fedinfer.models import load
 
@@ -17,7 +17,10 @@ def report_model(path: Path, *, as_json: bool) -> None:
     if as_json:
         show_json(dict(card))
     else:
-        show_table(f"{path}: report card", ("", ""), list(_lines(card)))
+        lines = _lines(card)
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
+            out.print(f"{name:{width}}  {text}", markup=False)
         if card["epsilon"] is None:
             out.print("this model protects nobody")
 

@@ -204,10 +204,14 @@ def test_ledger_commands(hospitals: Path, run: Run, model: Path) -> None:
     told = json.loads(run("ledger", "show", path, "--json").out)
     assert told["runs"][0]["reserved"] == 3
     assert run("ledger", "show", path).code == 0
-    assert json.loads(run("ledger", "verify", path, "--json").out) == {
+    verified = json.loads(run("ledger", "verify", path, "--json").out)
+    assert verified == {
         "path": str(path),
         "entries": 8,
         "verified": True,
+        "enrolment": told["enrolment"],
+        "public_key": told["public_key"],
+        "head": None,
     }
     again = run("ledger", "init", path, "--epsilon", 9, "--delta", 1e-5)
     assert again.code == 1
