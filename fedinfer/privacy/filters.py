@@ -29,12 +29,16 @@ from typing import Any, Literal, Protocol, Self
 
 from fedinfer.errors import BadUsage, BudgetExceeded, LedgerError
 from fedinfer.privacy.checks import check_delta, check_epsilon
+from fedinfer.privacy.conversions import gdp_delta, rdp_overhead
 
 FilterName = Literal["basic", "renyi", "gdp"]
 # A limit computed in floating point is taken this much smaller: far more than its rounding error.
 ROUND_DOWN = 1.0 - 1e-9
 # Beyond it exp(ε) is no float, and nobody is protected either.
 MAX_EPSILON = 500.0
+# Noise on a grid is Gaussian up to a factor of exp(1e-8) in each charge (`plan.py`); room is left for this many.
+MAX_GAUSSIANS = 1000
+GRID_ROOM = 1e-5
 ORDERS = (
     *(1.0 + hundredth / 100.0 for hundredth in range(1, 200)),
     *(tenth / 10.0 for tenth in range(30, 320)),
@@ -70,6 +74,7 @@ class Charge(Protocol):
 class Spent:
     """Exact sums over what was charged."""
 
+    count: int = 0
     epsilon: Fraction = Fraction(0)
     delta: Fraction = Fraction(0)
     rdp: Fraction = Fraction(0)
@@ -83,6 +88,7 @@ class Spent:
         (True, False)
         """
         return Spent(
+            count=self.count + 1,
             epsilon=self.epsilon + exact(cost["epsilon"]),
             delta=self.delta + exact(cost["delta"]),
             rdp=self.rdp + exact(cost.get("rdp", 0.0)),
@@ -205,13 +211,14 @@ class GaussianFilter:
 
     @classmethod
     def of(cls, epsilon: float, delta: float) -> Self:
-        """The largest μ that is (epsilon, delta)-private.
+        """The largest μ that is (epsilon, delta)-private, but for the room that noise on a grid needs.
 
-        Raises: BadUsage for an epsilon above 500.
+        Raises: BadUsage for an epsilon outside of 0.001 to 500.
         """
-        if epsilon > MAX_EPSILON:
-            raise BadUsage(f"epsilon: got {epsilon:g}, expected at most {MAX_EPSILON:g} with the filter gdp")
-        return cls(delta=delta, limit=_border(lambda mu: gdp_delta(mu, epsilon) <= delta) * ROUND_DOWN)
+        if not 1e-3 <= epsilon <= MAX_EPSILON:
+            raise BadUsage(f"epsilon: got {epsilon:g}, expected 0.001 to {MAX_EPSILON:g} with the filter gdp")
+        least = delta * (1.0 - GRID_ROOM)
+        return cls(delta=delta, limit=_border(lambda mu: gdp_delta(mu, epsilon - GRID_ROOM) <= least) * ROUND_DOWN)
 
     def cost(self, charge: Charge) -> dict[str, float]:
         mu = charge.gdp()
@@ -224,13 +231,15 @@ class GaussianFilter:
         return {**_stated(charge), "mu": _number("mu", mu)}
 
     def check(self, spent: Spent, cost: Mapping[str, float]) -> None:
+        _fits("number of charges", Fraction(spent.count), Fraction(spent.count + 1), Fraction(MAX_GAUSSIANS))
         _fits("mu²", spent.mu_squared, spent.plus(cost).mu_squared, exact(self.limit) ** 2)
 
     def total(self, spent: Spent) -> tuple[float, float]:
         if spent.mu_squared == 0:
             return 0.0, 0.0
         mu = math.sqrt(_up(spent.mu_squared))
-        return _border(lambda epsilon: gdp_delta(mu, epsilon) > self.delta) / ROUND_DOWN, self.delta
+        least = self.delta * (1.0 - GRID_ROOM)
+        return _border(lambda epsilon: gdp_delta(mu, epsilon) > least) / ROUND_DOWN + GRID_ROOM, self.delta
 
     def to_json(self) -> dict[str, Any]:
         return {"name": "gdp", "limit": self.limit}
@@ -265,27 +274,6 @@ def filter_from_json(fields: Mapping[str, Any], *, epsilon: float, delta: float)
         case {"name": "gdp", "limit": float(limit)}:
             return GaussianFilter(delta=delta, limit=limit)
     raise LedgerError("filter: got one that this version does not know; update fedinfer")
-
-
-def rdp_overhead(order: float, delta: float) -> float:
-    """What is added to a Rényi divergence at `order` for an ε at `delta`.
-
-    Reference: Canonne, Kamath and Steinke 2020, arXiv:2004.00010, Proposition 12.
-    """
-    return math.log1p(-1.0 / order) - (math.log(delta) + math.log(order)) / (order - 1.0)
-
-
-def gdp_delta(mu: float, epsilon: float) -> float:
-    """δ at `epsilon` of a μ-Gaussian mechanism.
-
-    Reference: Balle and Wang 2018, arXiv:1805.06530, Theorem 8; Dong, Roth and Su 2019, arXiv:1905.02383.
-    """
-    if mu == 0.0:
-        return 0.0
-    below = math.erfc((epsilon / mu - mu / 2.0) / math.sqrt(2.0)) / 2.0
-    above = math.erfc((epsilon / mu + mu / 2.0) / math.sqrt(2.0)) / 2.0
-    # A smaller factor makes δ larger, which is the safe side.
-    return below - math.exp(min(epsilon, 700.0)) * above
 
 
 def exact(value: float) -> Fraction:

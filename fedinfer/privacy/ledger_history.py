@@ -68,6 +68,7 @@ class History:
         self.key_path: Path | None = None
         self.head_path: Path | None = None
         self._enrolment: Enrolment | None = None
+        self._neighbours: tuple[str, str] | None = None
 
     @property
     def enrolment(self) -> Enrolment:
@@ -99,14 +100,11 @@ class History:
 
     def check_neighbours(self, charge: Charged) -> None:
         """Raises: LedgerError if its ε is for other neighbours than those charged before: they do not add up."""
-        if charge.neighbours is None:
-            return
-        for run in self.runs.values():
-            if run.charge.neighbours not in (None, charge.neighbours):
-                raise LedgerError(
-                    f"plan: got one for {charge.neighbours}, expected {run.charge.neighbours} as charged before; "
-                    "the ε of different neighbours do not add up, and nothing was released or spent"
-                )
+        if None not in (charge.neighbours, self._neighbours) and charge.neighbours != self._neighbours:
+            raise LedgerError(
+                f"plan: got one for {charge.neighbours}, expected {self._neighbours} as charged before; the ε of "
+                "different neighbours do not add up, and nothing was released or spent"
+            )
 
     def _read(self, entry: Entry, *, check: bool) -> None:
         body = entry.fields()
@@ -154,6 +152,7 @@ class History:
             self.check_neighbours(charge)
             self.enrolment.filter.check(self.spent, charge.cost)
         self.runs[run], self.spent = Run(charge=charge), spent
+        self._neighbours = self._neighbours or charge.neighbours
 
     def _reserve(self, entry: Entry, *, void: bool) -> None:
         run = self.runs[entry.run]

@@ -87,7 +87,7 @@ def test_a_lost_head_has_a_way_out_and_an_old_copy_has_none(path: Path, run: Run
     ("args", "code", "said"),
     [
         (("init", "x", "--epsilon", "1", "--delta", "1e-6", "--filter", "zcdp"), 2, "'zcdp' is not one of"),
-        (("init", "x", "--epsilon", "900", "--delta", "1e-6", "--filter", "gdp"), 2, "expected at most 500"),
+        (("init", "x", "--epsilon", "900", "--delta", "1e-6", "--filter", "gdp"), 2, "expected 0.001 to 500"),
         (("verify", "nowhere"), 1, "got no such file"),
         (("export", "nowhere", "-o", "x"), 1, "got no such file"),
         (("verify", __file__), 1, "neither a ledger nor an export"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedinfer.errors import BadUsage, BudgetExceeded, LedgerError
+from fedinfer.privacy.conversions import gdp_delta, rdp_overhead
 from fedinfer.privacy.filters import (
     BasicFilter,
     Charge,
@@ -20,8 +21,6 @@ from fedinfer.privacy.filters import (
     choose_filter,
     exact,
     filter_from_json,
-    gdp_delta,
-    rdp_overhead,
 )
 from tests.privacy.charges import Light
 
@@ -102,7 +101,7 @@ def test_the_gaussian_limit_is_the_budget(budget: tuple[float, float]) -> None:
         tail = norm.logcdf(-epsilon / mu - mu / 2)
         return float(norm.cdf(-epsilon / mu + mu / 2) - math.exp(epsilon + tail))
 
-    assert reference(limit) <= delta < reference(limit * (1 + 1e-6))
+    assert reference(limit) <= delta < reference(limit * (1 + 1e-3))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,6 +124,8 @@ def test_how_many_gaussian_releases_each_filter_takes() -> None:
     assert counts["gdp"] > counts["renyi"] > 10 * counts["basic"]
     # The largest number for which the truth is within the budget.
     assert gdp_delta(0.05 * math.sqrt(counts["gdp"] + 1), 3.0) > 1e-5
+    tiny = fill(choose_filter("gdp", epsilon=3.0, delta=1e-5), Light(mu=1e-4))[0]
+    assert tiny == 1000, "there is room for the grids of so many charges"
     assert counts["renyi"] > 0.8 * counts["gdp"]
 
 
@@ -193,5 +194,5 @@ def test_filters_that_are_none() -> None:
         choose_filter("zcdp", epsilon=1.0, delta=1e-5)
     with pytest.raises(LedgerError, match="update fedinfer"):
         filter_from_json({"name": "zcdp"}, epsilon=1.0, delta=1e-5)
-    with pytest.raises(BadUsage, match="expected at most 500"):
+    with pytest.raises(BadUsage, match=r"expected 0\.001 to 500"):
         choose_filter("gdp", epsilon=501.0, delta=1e-5)

@@ -20,15 +20,8 @@ from scipy.stats import chi2
 from fedinfer.errors import BadUsage
 from fedinfer.privacy.ledger import PrivacyLedger
 from fedinfer.privacy.noise import insecure_seeded_noise, os_noise
-from fedinfer.privacy.tuning import (
-    ORDERS,
-    PoissonRuns,
-    Runs,
-    TruncatedNegativeBinomial,
-    Tuned,
-    draw_number,
-    stopped_early,
-)
+from fedinfer.privacy.repetition import ORDERS, PoissonRuns, Runs, TruncatedNegativeBinomial, draw_number
+from fedinfer.privacy.tuning import Tuned, stopped_early
 from tests.privacy.charges import Light
 
 FREE = Light(steps=1, delta=0.0, epsilon_=0.0, mu=0.0)
