@@ -123,6 +123,24 @@ def test_a_budget_is_set_once_and_an_old_journal_is_not_replayed(path: Path) -> 
     assert not path.exists()
 
 
+def test_of_several_that_make_a_ledger_at_once_one_does(path: Path) -> None:
+    def make(number: int) -> str | None:
+        try:
+            with created(path, epsilon=1.0 + number) as ledger:
+                return ledger.summary().enrolment
+        except LedgerError:
+            return None
+
+    with ThreadPoolExecutor(6) as pool:
+        made = [enrolment for enrolment in pool.map(make, range(12)) if enrolment is not None]
+    with PrivacyLedger.open(path) as ledger:
+        assert made == [ledger.summary().enrolment]
+        ledger.reserve(run="a", round=1, plan=LONG)
+    assert {name.name for name in path.parent.iterdir()} <= {
+        path.name + suffix for suffix in ("", ".key", "-wal", "-shm")
+    }
+
+
 @pytest.mark.parametrize(
     ("epsilon", "delta"), [(0.0, 1e-5), (-1.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0)]
 )
