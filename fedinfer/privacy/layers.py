@@ -1,0 +1,200 @@
+"""The layers whose per-example gradients follow from one forward and one backward pass.
+
+Such a layer runs here in place of its own `forward`, with the same result, on stand-ins for its parameters: tensors
+that share their memory and nothing else. So autograd computes no gradient of a weight, and a parameter that gets one
+all the same was used outside its layer. Each run leaves a `Run`. What does not fit here is left to the layer itself,
+on its own parameters, and shows in the same way.
+
+Reference: Bu et al. 2023, arXiv:2210.00038 (book-keeping).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedinfer.privacy.recurrent import Edge, edge_of, unrolled
+from fedinfer.privacy.uses import Laid, Patches, Products, Rows, Terms, Tokens, Use
+
+MakeUse = Callable[[Tensor, Tensor], Use]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of one layer: where the gradients at its outputs appear, and what they mean for its parameters.
+
+    `uses` make the gradients by a parameter of inputs and gradients at the outputs, the example first in both.
+    """
+
+    edge: Edge
+    inputs: Tensor
+    version: int
+    batch_axis: int
+    uses: list[tuple[nn.Parameter, MakeUse]]
+
+    def unchanged(self) -> bool:
+        """Whether no operation in place has changed the inputs since."""
+        return self.inputs._version == self.version
+
+
+class Recorder:
+    """Runs layers for a batch of so many examples, and keeps their runs."""
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+        self.runs: list[Run] = []
+
+    @contextmanager
+    def listening(self, layers: list[nn.Module]) -> Iterator[None]:
+        """Within, these layers run here."""
+        try:
+            for layer in layers:
+                layer.__dict__["forward"] = partial(LAYERS[type(layer)], self, layer)
+            yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    def keep(self, edge: Edge, inputs: Tensor, *uses: tuple[nn.Parameter | None, MakeUse], batch_axis: int = 0) -> None:
+        """Note a run, unless no gradient can come through its output."""
+        if isinstance(edge, Tensor) and not edge.requires_grad:
+            return
+        trained = [(parameter, use) for parameter, use in uses if parameter is not None and parameter.requires_grad]
+        run = Run(edge=edge, inputs=inputs.detach(), version=inputs._version, batch_axis=batch_axis, uses=trained)
+        self.runs.append(run)
+
+
+def _stand_ins(layer: nn.Module) -> dict[str, Tensor]:
+    # With gradients, so that the output is inside a graph whatever the inputs are; nobody asks for them.
+    return {name: p.detach().requires_grad_() for name, p in layer._parameters.items() if p is not None}
+
+
+def _total(inputs: Tensor, flows: Tensor) -> Use:
+    return Laid(flows if flows.dim() == 2 else flows.flatten(1, -2).sum(1))
+
+
+def _total_of_channels(inputs: Tensor, flows: Tensor) -> Use:
+    return Laid(flows if flows.dim() == 2 else flows.flatten(2).sum(2))
+
+
+def _products(inputs: Tensor, flows: Tensor) -> Use:
+    if inputs.dim() == 2:
+        return Rows(inputs, flows)
+    return Products(Terms(inputs.flatten(1, -2), flows.flatten(1, -2)))
+
+
+def _linear(recorder: Recorder, layer: nn.Linear, input: Tensor) -> Tensor:
+    if input.dim() < 2 or len(input) != recorder.examples:
+        return nn.Linear.forward(layer, input)
+    own = _stand_ins(layer)
+    output = functional.linear(input, own["weight"], own.get("bias"))
+    recorder.keep(edge_of(output), input, (layer.weight, _products), (layer.bias, _total))
+    return output
+
+
+def _convolution(recorder: Recorder, layer: nn.Conv1d | nn.Conv2d, input: Tensor) -> Tensor:
+    if input.dim() != layer.weight.dim() or len(input) != recorder.examples:
+        return type(layer).forward(layer, input)
+    own, apply = _stand_ins(layer), functional.conv1d if isinstance(layer, nn.Conv1d) else functional.conv2d
+    widths = _padding(layer)
+    if layer.padding_mode != "zeros" or any(before != after for before, after in widths):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        input = functional.pad(input, [width for pair in reversed(widths) for width in pair], mode=mode)
+        widths = [(0, 0)] * len(widths)
+    padding = tuple(before for before, _ in widths)
+    output = apply(input, own["weight"], own.get("bias"), layer.stride, padding, layer.dilation, layer.groups)
+
+    def patches(inputs: Tensor, flows: Tensor) -> Use:
+        return Products(Patches(layer, inputs, flows, padding))
+
+    recorder.keep(edge_of(output), input, (layer.weight, patches), (layer.bias, _total_of_channels))
+    return output
+
+
+def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
+    """How much to add before and after, by axis."""
+    if isinstance(layer.padding, str):
+        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [(span // 2, span - span // 2) if layer.padding == "same" else (0, 0) for span in spans]
+    return [(width, width) for width in layer.padding]
+
+
+def _embedding(recorder: Recorder, layer: nn.Embedding, input: Tensor) -> Tensor:
+    if input.dim() < 1 or len(input) != recorder.examples:
+        return nn.Embedding.forward(layer, input)
+    output = functional.embedding(input, _stand_ins(layer)["weight"], layer.padding_idx)
+
+    def tokens(inputs: Tensor, flows: Tensor) -> Use:
+        return Tokens(layer, inputs.reshape(len(inputs), -1), flows.reshape(len(inputs), -1, layer.embedding_dim))
+
+    recorder.keep(edge_of(output), input, (layer.weight, tokens))
+    return output
+
+
+def _layer_norm(recorder: Recorder, layer: nn.LayerNorm, input: Tensor) -> Tensor:
+    if input.dim() <= len(layer.normalized_shape) or len(input) != recorder.examples:
+        return nn.LayerNorm.forward(layer, input)
+    own = _stand_ins(layer)
+    normal = functional.layer_norm(input, layer.normalized_shape, eps=layer.eps)
+    output = torch.addcmul(own["bias"], normal, own["weight"]) if "bias" in own else normal * own["weight"]
+
+    def shift(inputs: Tensor, flows: Tensor) -> Use:
+        return Laid(flows.reshape(len(flows), -1, *layer.normalized_shape).sum(1))
+
+    def scale(inputs: Tensor, flows: Tensor) -> Use:
+        return shift(inputs, inputs * flows)
+
+    recorder.keep(edge_of(output), normal, (layer.weight, scale), (layer.bias, shift))
+    return output
+
+
+def _group_norm(recorder: Recorder, layer: nn.GroupNorm, input: Tensor) -> Tensor:
+    if input.dim() < 2 or len(input) != recorder.examples:
+        return nn.GroupNorm.forward(layer, input)
+    own = {name: each.view(-1, *[1] * (input.dim() - 2)) for name, each in _stand_ins(layer).items()}
+    normal = functional.group_norm(input, layer.num_groups, eps=layer.eps)
+    output = torch.addcmul(own["bias"], normal, own["weight"]) if "bias" in own else normal * own["weight"]
+
+    def scale(inputs: Tensor, flows: Tensor) -> Use:
+        return _total_of_channels(inputs, inputs * flows)
+
+    recorder.keep(edge_of(output), normal, (layer.weight, scale), (layer.bias, _total_of_channels))
+    return output
+
+
+def _recurrent(recorder: Recorder, layer: nn.GRU | nn.LSTM, input: Any, hx: Any = None) -> Any:
+    batch_axis = 0 if layer.batch_first else 1
+    if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[batch_axis] != recorder.examples:
+        return type(layer).forward(layer, input, hx)
+    output, state, parts = unrolled(layer, _stand_ins(layer), input, hx)
+    for part in parts:
+        weight = layer.get_parameter(part.weight)
+        bias = None if part.bias is None else layer.get_parameter(part.bias)
+        recorder.keep(part.edge, part.inputs, (weight, _products), (bias, _total), batch_axis=1)
+    return output, state
+
+
+LAYERS: Mapping[type[nn.Module], Callable[..., Any]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.GRU: _recurrent,
+    nn.LSTM: _recurrent,
+}
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Whether a layer is of a kind in `LAYERS` and nobody has put other parameters or another `forward` into it."""
+    if type(layer) not in LAYERS or "forward" in layer.__dict__:
+        return False
+    if isinstance(layer, nn.GRU | nn.LSTM):
+        return layer.proj_size == 0 and layer._parameters.keys() == set(layer._flat_weights_names)
+    return all(name in ("weight", "bias") for name in layer._parameters)
