@@ -167,14 +167,12 @@ def _uses(
         if not all(map(_scaled, flows, again, axes, [weights] * len(axes))):
             return None
         _SEPARATE[model] = state
-    uses: dict[nn.Parameter, list[Use]] = {}
+    uses: dict[int, list[Use]] = {}
     for run, flow in zip(runs, flows, strict=False):
         if flow is not None:
-            for parameter, use in run.uses:
-                uses.setdefault(parameter, []).append(
-                    use(run.inputs.movedim(run.batch_axis, 0), flow.movedim(run.batch_axis, 0))
-                )
-    return {name: combined(uses[parameter]) for name, parameter in trained.items() if parameter in uses}
+            for parameter, use in run.by_parameter(flow):
+                uses.setdefault(id(parameter), []).append(use)
+    return {name: combined(uses[id(parameter)]) for name, parameter in trained.items() if id(parameter) in uses}
 
 
 def _scaled(flow: Tensor | None, again: Tensor | None, axis: int, weights: Tensor) -> bool:

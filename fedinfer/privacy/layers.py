@@ -8,7 +8,7 @@ on its own parameters, and shows in the same way.
 Reference: Bu et al. 2023, arXiv:2210.00038 (book-keeping).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,25 +21,31 @@ from torch.nn import functional
 from fedinfer.privacy.recurrent import Edge, edge_of, unrolled
 from fedinfer.privacy.uses import Laid, Patches, Products, Rows, Terms, Tokens, Use
 
-MakeUse = Callable[[Tensor, Tensor], Use]
+Uses = Sequence[tuple[nn.Parameter | None, Use]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run of one layer: where the gradients at its outputs appear, and what they mean for its parameters.
 
-    `uses` make the gradients by a parameter of inputs and gradients at the outputs, the example first in both.
+    `uses` gets inputs and gradients at the outputs, the example first in both.
     """
 
     edge: Edge
     inputs: Tensor
     version: int
     batch_axis: int
-    uses: list[tuple[nn.Parameter, MakeUse]]
+    uses: Callable[[Tensor, Tensor], Uses]
 
     def unchanged(self) -> bool:
         """Whether no operation in place has changed the inputs since."""
         return self.inputs._version == self.version
+
+    def by_parameter(self, flows: Tensor) -> Uses:
+        """The gradients by each parameter, given those at the outputs."""
+        if self.batch_axis:
+            return self.uses(self.inputs.movedim(self.batch_axis, 0), flows.movedim(self.batch_axis, 0))
+        return self.uses(self.inputs, flows)
 
 
 class Recorder:
@@ -50,7 +56,7 @@ class Recorder:
         self.runs: list[Run] = []
 
     @contextmanager
-    def listening(self, layers: list[nn.Module]) -> Iterator[None]:
+    def listening(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within, these layers run here."""
         try:
             for layer in layers:
@@ -60,13 +66,11 @@ class Recorder:
             for layer in layers:
                 layer.__dict__.pop("forward", None)
 
-    def keep(self, edge: Edge, inputs: Tensor, *uses: tuple[nn.Parameter | None, MakeUse], batch_axis: int = 0) -> None:
+    def keep(self, edge: Edge, inputs: Tensor, uses: Callable[[Tensor, Tensor], Uses], *, batch_axis: int = 0) -> None:
         """Note a run, unless no gradient can come through its output."""
-        if isinstance(edge, Tensor) and not edge.requires_grad:
-            return
-        trained = [(parameter, use) for parameter, use in uses if parameter is not None and parameter.requires_grad]
-        run = Run(edge=edge, inputs=inputs.detach(), version=inputs._version, batch_axis=batch_axis, uses=trained)
-        self.runs.append(run)
+        if not isinstance(edge, Tensor) or edge.requires_grad:
+            run = Run(edge=edge, inputs=inputs.detach(), version=inputs._version, batch_axis=batch_axis, uses=uses)
+            self.runs.append(run)
 
 
 def _stand_ins(layer: nn.Module) -> dict[str, Tensor]:
@@ -74,32 +78,27 @@ def _stand_ins(layer: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().requires_grad_() for name, p in layer._parameters.items() if p is not None}
 
 
-def _total(inputs: Tensor, flows: Tensor) -> Use:
-    return Laid(flows if flows.dim() == 2 else flows.flatten(1, -2).sum(1))
-
-
-def _total_of_channels(inputs: Tensor, flows: Tensor) -> Use:
-    return Laid(flows if flows.dim() == 2 else flows.flatten(2).sum(2))
-
-
-def _products(inputs: Tensor, flows: Tensor) -> Use:
+def _of_linear(weight: nn.Parameter, bias: nn.Parameter | None, inputs: Tensor, flows: Tensor) -> Uses:
     if inputs.dim() == 2:
-        return Rows(inputs, flows)
-    return Products(Terms(inputs.flatten(1, -2), flows.flatten(1, -2)))
+        laid = Laid(flows)
+        return (weight, Rows(inputs, laid)), (bias, laid)
+    flows = flows.flatten(1, -2)
+    return (weight, Products(Terms(inputs.flatten(1, -2), flows))), (bias, Laid(flows.sum(1)))
 
 
 def _linear(recorder: Recorder, layer: nn.Linear, input: Tensor) -> Tensor:
-    if input.dim() < 2 or len(input) != recorder.examples:
+    if input.dim() < 2 or input.shape[0] != recorder.examples:
         return nn.Linear.forward(layer, input)
     own = _stand_ins(layer)
     output = functional.linear(input, own["weight"], own.get("bias"))
-    recorder.keep(edge_of(output), input, (layer.weight, _products), (layer.bias, _total))
+    recorder.keep(edge_of(output), input, partial(_of_linear, layer.weight, layer.bias))
     return output
 
 
-def _convolution(recorder: Recorder, layer: nn.Conv1d | nn.Conv2d, input: Tensor) -> Tensor:
-    if input.dim() != layer.weight.dim() or len(input) != recorder.examples:
-        return type(layer).forward(layer, input)
+def _convolution(recorder: Recorder, layer: Any, input: Tensor) -> Tensor:
+    if input.dim() != layer.weight.dim() or input.shape[0] != recorder.examples:
+        output: Tensor = type(layer).forward(layer, input)
+        return output
     own, apply = _stand_ins(layer), functional.conv1d if isinstance(layer, nn.Conv1d) else functional.conv2d
     widths = _padding(layer)
     if layer.padding_mode != "zeros" or any(before != after for before, after in widths):
@@ -109,10 +108,11 @@ def _convolution(recorder: Recorder, layer: nn.Conv1d | nn.Conv2d, input: Tensor
     padding = tuple(before for before, _ in widths)
     output = apply(input, own["weight"], own.get("bias"), layer.stride, padding, layer.dilation, layer.groups)
 
-    def patches(inputs: Tensor, flows: Tensor) -> Use:
-        return Products(Patches(layer, inputs, flows, padding))
+    def uses(inputs: Tensor, flows: Tensor) -> Uses:
+        weight = Products(Patches(layer, inputs, flows, padding))
+        return (layer.weight, weight), (layer.bias, Laid(flows.flatten(2).sum(2)))
 
-    recorder.keep(edge_of(output), input, (layer.weight, patches), (layer.bias, _total_of_channels))
+    recorder.keep(edge_of(output), input, uses)
     return output
 
 
@@ -125,57 +125,65 @@ def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
 
 
 def _embedding(recorder: Recorder, layer: nn.Embedding, input: Tensor) -> Tensor:
-    if input.dim() < 1 or len(input) != recorder.examples:
+    if input.dim() < 1 or input.shape[0] != recorder.examples:
         return nn.Embedding.forward(layer, input)
     output = functional.embedding(input, _stand_ins(layer)["weight"], layer.padding_idx)
 
-    def tokens(inputs: Tensor, flows: Tensor) -> Use:
-        return Tokens(layer, inputs.reshape(len(inputs), -1), flows.reshape(len(inputs), -1, layer.embedding_dim))
+    def uses(inputs: Tensor, flows: Tensor) -> Uses:
+        count, size = inputs.shape[0], layer.embedding_dim
+        return [(layer.weight, Tokens(layer, inputs.reshape(count, -1), flows.reshape(count, -1, size)))]
 
-    recorder.keep(edge_of(output), input, (layer.weight, tokens))
+    recorder.keep(edge_of(output), input, uses)
     return output
 
 
 def _layer_norm(recorder: Recorder, layer: nn.LayerNorm, input: Tensor) -> Tensor:
-    if input.dim() <= len(layer.normalized_shape) or len(input) != recorder.examples:
+    if input.dim() <= len(layer.normalized_shape) or input.shape[0] != recorder.examples:
         return nn.LayerNorm.forward(layer, input)
-    own = _stand_ins(layer)
     normal = functional.layer_norm(input, layer.normalized_shape, eps=layer.eps)
-    output = torch.addcmul(own["bias"], normal, own["weight"]) if "bias" in own else normal * own["weight"]
+    output = _scaled(normal, _stand_ins(layer))
 
-    def shift(inputs: Tensor, flows: Tensor) -> Use:
-        return Laid(flows.reshape(len(flows), -1, *layer.normalized_shape).sum(1))
+    def total(flows: Tensor) -> Laid:
+        return Laid(flows.reshape(flows.shape[0], -1, *layer.normalized_shape).sum(1))
 
-    def scale(inputs: Tensor, flows: Tensor) -> Use:
-        return shift(inputs, inputs * flows)
+    def uses(inputs: Tensor, flows: Tensor) -> Uses:
+        return (layer.weight, total(inputs * flows)), (layer.bias, total(flows))
 
-    recorder.keep(edge_of(output), normal, (layer.weight, scale), (layer.bias, shift))
+    recorder.keep(edge_of(output), normal, uses)
     return output
 
 
 def _group_norm(recorder: Recorder, layer: nn.GroupNorm, input: Tensor) -> Tensor:
-    if input.dim() < 2 or len(input) != recorder.examples:
+    if input.dim() < 2 or input.shape[0] != recorder.examples:
         return nn.GroupNorm.forward(layer, input)
-    own = {name: each.view(-1, *[1] * (input.dim() - 2)) for name, each in _stand_ins(layer).items()}
     normal = functional.group_norm(input, layer.num_groups, eps=layer.eps)
-    output = torch.addcmul(own["bias"], normal, own["weight"]) if "bias" in own else normal * own["weight"]
+    spread = (-1, *[1] * (input.dim() - 2))
+    output = _scaled(normal, {name: each.view(spread) for name, each in _stand_ins(layer).items()})
 
-    def scale(inputs: Tensor, flows: Tensor) -> Use:
-        return _total_of_channels(inputs, inputs * flows)
+    def total(flows: Tensor) -> Laid:
+        return Laid(flows.reshape(*flows.shape[:2], -1).sum(2))
 
-    recorder.keep(edge_of(output), normal, (layer.weight, scale), (layer.bias, _total_of_channels))
+    def uses(inputs: Tensor, flows: Tensor) -> Uses:
+        return (layer.weight, total(inputs * flows)), (layer.bias, total(flows))
+
+    recorder.keep(edge_of(output), normal, uses)
     return output
 
 
-def _recurrent(recorder: Recorder, layer: nn.GRU | nn.LSTM, input: Any, hx: Any = None) -> Any:
+def _scaled(normal: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    if "bias" in own:
+        return torch.addcmul(own["bias"], normal, own["weight"])
+    return normal * own["weight"]
+
+
+def _recurrent(recorder: Recorder, layer: Any, input: Any, hx: Any = None) -> Any:
     batch_axis = 0 if layer.batch_first else 1
     if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[batch_axis] != recorder.examples:
         return type(layer).forward(layer, input, hx)
     output, state, parts = unrolled(layer, _stand_ins(layer), input, hx)
     for part in parts:
-        weight = layer.get_parameter(part.weight)
-        bias = None if part.bias is None else layer.get_parameter(part.bias)
-        recorder.keep(part.edge, part.inputs, (weight, _products), (bias, _total), batch_axis=1)
+        weight, bias = layer._parameters[part.weight], layer._parameters.get(part.bias)
+        recorder.keep(part.edge, part.inputs, partial(_of_linear, weight, bias), batch_axis=1)
     return output, state
 
 
@@ -197,4 +205,4 @@ def is_known(layer: nn.Module) -> bool:
         return False
     if isinstance(layer, nn.GRU | nn.LSTM):
         return layer.proj_size == 0 and layer._parameters.keys() == set(layer._flat_weights_names)
-    return all(name in ("weight", "bias") for name in layer._parameters)
+    return layer._parameters.keys() <= {"weight", "bias"} and isinstance(layer.weight, nn.Parameter)

@@ -1,18 +1,20 @@
 """Per-example gradients by one parameter, from a layer's inputs and the gradients at its outputs.
 
 A linear layer's gradient for example i is sum_t b_it a_it^T, with inputs a (B, T, d) and gradients b (B, T, p) at its
-outputs; a convolution's is the same with patches for inputs. Where T is 1 the norm is |b_i| |a_i|. Otherwise it is had
-from two Gram matrices (T² (d + p) products), or from the gradients themselves (T d p) where these are smaller than
-a and b, and then they are kept. The clipped sum is one product weighted by the examples' factors.
+outputs; a convolution's is the same with patches for inputs. Where T is 1, its norm is |b_i| |a_i|. Otherwise it is
+had from two Gram matrices, at T² (d + p) products, or from the gradients themselves, at T d p, some examples at a
+time; these are kept where they are smaller than a and b. The clipped sum is one product with the factors in it.
 
 A Gram matrix cancels badly where the terms of the sum do: an example made for that would pass its clip. So Gram
-matrices are in float64, and where the terms of one example cancel past `CANCELLED`, gradients are laid out after all.
+matrices are in float64, and where the terms of one example cancel past `CANCELLED`, the sum is made of gradients that
+were laid out.
 
 Reference: Goodfellow 2015, arXiv:1510.01799; Li et al. 2021, arXiv:2110.05679 (ghost norm); Bu et al. 2023,
 arXiv:2210.00038 (book-keeping, and the choice per layer).
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +28,8 @@ Doubles = NDArray[np.float64]
 # How far the sizes of an example's terms, added up, may exceed both the clip and the size of their sum. Rounding is
 # 2**-24 of a term, so this keeps it within what `MARGIN` leaves.
 CANCELLED = 64.0
+# A product in float64 takes as long as two, and making float64 of its factors as long as two more.
+GRAM_COST = 4
 # Numbers laid out at a time: they stay in a core's cache.
 CHUNK = 1 << 18
 
@@ -54,69 +58,80 @@ class Use(Protocol):
         ...
 
 
-def squares(laid: Tensor) -> Doubles:
-    """The squared norms (B,) of the rows of a tensor (B, ...)."""
-    norms = torch.linalg.vector_norm(laid.reshape(len(laid), -1), dim=1).cpu().numpy().astype(np.float64)
-    return norms * norms
+def norms(rows: Tensor) -> Doubles:
+    """The norms (B,) of the rows of a tensor (B, ...)."""
+    flat = rows if rows.dim() == 2 else rows.flatten(1)
+    return torch.linalg.vector_norm(flat, dim=1).cpu().numpy().astype(np.float64)
 
 
 class Laid:
     """Gradients laid out, (B, *shape)."""
 
     def __init__(self, laid: Tensor) -> None:
-        self._laid = laid
+        self.laid = laid
+
+    @cached_property
+    def squares(self) -> Doubles:
+        """The squared norms (B,)."""
+        sizes = norms(self.laid)
+        return sizes * sizes
 
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
-        return squares(self._laid), self
+        return self.squares, self
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        return (factors @ self._laid.reshape(len(factors), -1)).reshape(self._laid.shape[1:])
+        if self.laid.dim() == 2:
+            return factors @ self.laid
+        return (factors @ self.laid.flatten(1)).view(self.laid.shape[1:])
 
     def per_example(self) -> Tensor:
-        return self._laid
+        return self.laid
 
     def rows(self, index: Tensor) -> "Laid":
-        return Laid(self._laid[index])
+        return Laid(self.laid[index])
 
 
 class Rows:
     """A linear layer's weight, where each example is one row: inputs a (B, d), gradients b (B, p)."""
 
-    def __init__(self, inputs: Tensor, flows: Tensor) -> None:
-        self.inputs, self.flows = inputs, flows
+    def __init__(self, inputs: Tensor, flows: Laid) -> None:
+        self._inputs, self._flows = inputs, flows
 
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
         # A square below the smallest number is lost, and the other factor may be large enough for it to matter.
-        tiny = torch.finfo(self.flows.dtype).tiny
-        a, b = (squares(rows) + rows.shape[1] * tiny for rows in (self.inputs, self.flows))
-        return a * b, self
+        lost = torch.finfo(self._inputs.dtype).tiny * max(self._inputs.shape[1], self._flows.laid.shape[1])
+        sizes = norms(self._inputs)
+        return (sizes * sizes + lost) * (self._flows.squares + lost), self
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        return (self.flows * factors[:, None]).T @ self.inputs
+        return (self._flows.laid * factors[:, None]).T @ self._inputs
 
     def per_example(self) -> Tensor:
-        return self.flows[:, :, None] * self.inputs[:, None]
+        return self._flows.laid[:, :, None] * self._inputs[:, None]
 
-    def as_terms(self) -> "Terms":
-        """The same, as steps of a sequence of one."""
-        return Terms(self.inputs[:, None], self.flows[:, None])
+    def terms(self) -> "Terms":
+        """The same as a sequence of one step."""
+        return Terms(self._inputs[:, None], self._flows.laid[:, None])
 
     def rows(self, index: Tensor) -> "Rows":
-        return Rows(self.inputs[index], self.flows[index])
+        return Rows(self._inputs[index], self._flows.rows(index))
 
 
 class Source(Protocol):
-    """The terms of sums of products: T of them an example, each of d inputs and p outputs, in G groups."""
+    """Where sums of products come from. `sizes`: B examples, G groups in each, T terms, d inputs, p outputs."""
 
-    shape: tuple[int, ...]
     sizes: tuple[int, int, int, int, int]
 
-    def terms(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """a (n G, T, d) and b (n G, T, p) of examples `start` to `stop`."""
+    def terms(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """a (n G, T, d) and b (n G, p, T) of these examples."""
+        ...
+
+    def shaped(self, products: Tensor) -> Tensor:
+        """Gradients (..., G p d) as the weight has them."""
         ...
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """All terms, times their example's factor, added up in the weight's shape."""
+        """The sum of all terms, times their example's factor, as the weight has it."""
         ...
 
     def rows(self, index: Tensor) -> "Source":
@@ -129,52 +144,67 @@ class Terms:
 
     def __init__(self, inputs: Tensor, flows: Tensor) -> None:
         self.inputs, self.flows = inputs, flows
-        (count, steps, d), p = inputs.shape, flows.shape[2]
-        self.shape, self.sizes = (p, d), (count, 1, steps, d, p)
+        self.sizes = (inputs.shape[0], 1, inputs.shape[1], inputs.shape[2], flows.shape[2])
 
-    def terms(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[start:stop].contiguous(), self.flows[start:stop].contiguous()
+    def terms(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        return self.inputs[chunk].contiguous(), self.flows[chunk].contiguous().transpose(1, 2)
+
+    def shaped(self, products: Tensor) -> Tensor:
+        return products.unflatten(-1, (self.sizes[4], self.sizes[3]))
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        weighted = self.flows * factors[:, None, None]
-        if self.inputs.stride(0) < self.inputs.stride(1):
-            # Time first: the other order would copy both.
-            weighted, inputs = weighted.transpose(0, 1), self.inputs.transpose(0, 1)
-        else:
-            inputs = self.inputs
-        return weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
+        inputs, flows, factors = self.inputs, self.flows, factors[:, None, None]
+        if flows.stride(0) < flows.stride(1):
+            inputs, flows, factors = (each.transpose(0, 1) for each in (inputs, flows, factors))
+        sums = flows.new_zeros(self.sizes[4], self.sizes[3])
+        step = max(1, CHUNK // max(1, flows[0].numel()))
+        for start in range(0, len(flows), step):
+            chunk = slice(start, start + step)
+            weighted = flows[chunk] * (factors if len(factors) == 1 else factors[chunk])
+            sums.addmm_(weighted.flatten(0, 1).T, inputs[chunk].flatten(0, 1))
+        return sums
 
     def rows(self, index: Tensor) -> "Terms":
         return Terms(self.inputs[index], self.flows[index])
 
 
 class Patches:
-    """A convolution's weight: padded inputs (B, channels, ...), gradients (B, outputs, ...), in one or two dimensions."""
+    """A convolution's weight: inputs (B, channels, ...), gradients (B, outputs, ...), in one or two dimensions."""
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, flows: Tensor, padding: tuple[int, ...]) -> None:
         self._layer, self._inputs, self._flows, self._padding = layer, inputs, flows, padding
-        self.shape = tuple(layer.weight.shape)
-        p, d = self.shape[0] // layer.groups, layer.weight[0].numel()
-        self.sizes = (len(inputs), layer.groups, flows[0, 0].numel(), d, p)
+        outputs, depth = layer.weight.shape[:2]
+        size = depth * int(np.prod(layer.kernel_size))
+        self.sizes = (inputs.shape[0], layer.groups, flows[0, 0].numel(), size, outputs // layer.groups)
 
-    def terms(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        layer, inputs, flows = self._layer, self._inputs[start:stop], self._flows[start:stop]
-        _, groups, steps, d, p = self.sizes
-        flat = (1,) * (2 - len(layer.kernel_size))
-        columns = functional.unfold(
-            inputs[:, :, None] if flat else inputs,
-            kernel_size=flat + layer.kernel_size,
-            dilation=flat + layer.dilation,
-            padding=(0,) * len(flat) + self._padding,
-            stride=flat + layer.stride,
+    def terms(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        _, groups, steps, size, outputs = self.sizes
+        layer, inputs, flows = self._layer, self._inputs[chunk], self._flows[chunk]
+        spans, strides, dilations, padding = layer.kernel_size, layer.stride, layer.dilation, self._padding
+        places = flows.shape[2:]
+        if len(spans) == 1:
+            inputs, places = inputs[:, :, None], (1, *places)
+            spans, strides, dilations, padding = (1, *spans), (1, *strides), (1, *dilations), (0, *padding)
+        # With channels last a patch is made of runs of kernel width by channels, which copy fast.
+        padded = functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1).contiguous()
+        count, _, width, channels = padded.shape
+        row, depth = width * channels, channels // groups
+        patches = padded.as_strided(
+            (count, groups, *places, *spans, depth),
+            (padded.stride(0), depth, strides[0] * row, strides[1] * channels, dilations[0] * row, dilations[1] * channels, 1),
         )
-        a, b = columns.view(-1, d, steps), flows.reshape(-1, p, steps)
-        return a.transpose(1, 2), b.transpose(1, 2)
+        return patches.reshape(-1, steps, size), flows.reshape(-1, outputs, steps)
+
+    def shaped(self, products: Tensor) -> Tensor:
+        shape = self._layer.weight.shape
+        return products.unflatten(-1, (shape[0], *shape[2:], shape[1])).movedim(-1, 1 - len(shape))
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        layer, weighted = self._layer, self._flows * factors.reshape(-1, *[1] * (self._flows.dim() - 1))
-        gradient = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
-        return gradient(self._inputs, self.shape, weighted, layer.stride, self._padding, layer.dilation, layer.groups)
+        layer, weighted = self._layer, self._flows * factors.view(-1, *[1] * (self._flows.dim() - 1))
+        of_weight = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
+        return of_weight(
+            self._inputs, layer.weight.shape, weighted, layer.stride, self._padding, layer.dilation, layer.groups
+        )
 
     def rows(self, index: Tensor) -> "Patches":
         return Patches(self._layer, self._inputs[index], self._flows[index], self._padding)
@@ -190,86 +220,130 @@ class Products:
         _, _, steps, d, p = self.source.sizes
         if d * p <= steps * (d + p):
             laid = self.per_example()
-            return squares(laid), Laid(laid)
-        squared, sizes = self._by_gram()
+            kept = Laid(laid)
+            return kept.squares, kept
+        squared, sizes = self._by_gram() if GRAM_COST * steps * (d + p) < d * p else self._by_parts()
         if (sizes > CANCELLED * np.maximum(np.sqrt(squared), clip_norm)).any():
-            return np.concatenate([squares(gradients) for _, gradients in self._gradients()]), self
+            return self._by_parts()[0], self
         return squared, self.source
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        sums = [factors[chunk] @ gradients for chunk, gradients in self._gradients()]
-        return torch.stack(sums).sum(0).reshape(self.source.shape)
+        sums = [factors[chunk] @ torch.bmm(b, a).view(chunk.stop - chunk.start, -1) for chunk, a, b in self._chunks()]
+        return self.source.shaped(torch.stack(sums).sum(0))
 
     def per_example(self) -> Tensor:
-        laid = torch.cat([gradients for _, gradients in self._gradients()])
-        return laid.unflatten(1, self.source.shape)
+        count, groups, _, d, p = self.source.sizes
+        laid = None
+        for chunk, a, b in self._chunks():
+            laid = a.new_empty(count * groups, p, d) if laid is None else laid
+            torch.bmm(b, a, out=laid[chunk.start * groups : chunk.stop * groups])
+        assert laid is not None
+        return self.source.shaped(laid.view(count, -1))
 
     def rows(self, index: Tensor) -> "Products":
         return Products(self.source.rows(index))
 
-    def _chunks(self, numbers: int) -> Iterator[slice]:
-        count = self.source.sizes[0]
-        size = max(1, CHUNK // max(1, numbers))
-        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        count, groups, steps, d, p = self.source.sizes
+        size = max(1, CHUNK // max(1, groups * (steps * (d + p) + d * p)))
+        for start in range(0, count, size):
+            chunk = slice(start, min(start + size, count))
+            yield chunk, *self.source.terms(chunk)
 
-    def _gradients(self) -> Iterator[tuple[slice, Tensor]]:
-        _, groups, steps, d, p = self.source.sizes
-        for chunk in self._chunks(groups * (steps * (d + p) + d * p)):
-            a, b = self.source.terms(chunk.start, chunk.stop)
-            yield chunk, torch.bmm(b.transpose(1, 2), a).view(chunk.stop - chunk.start, -1)
+    def _by_parts(self) -> tuple[Doubles, Doubles]:
+        """Squared norms (B,), and the sums over terms of |b| |a|, from gradients laid out for a moment."""
+        squared, sizes = [], []
+        for chunk, a, b in self._chunks():
+            count = chunk.stop - chunk.start
+            squared.append(norms(torch.bmm(b, a).view(count, -1)) ** 2)
+            terms = torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(b, dim=1)
+            sizes.append(terms.view(count, -1).sum(1).cpu().numpy())
+        return np.concatenate(squared), np.concatenate(sizes)
 
     def _by_gram(self) -> tuple[Doubles, Doubles]:
-        """Squared norms (B,), and the sums over terms of |a| |b|."""
-        _, groups, steps, d, p = self.source.sizes
+        """The same from Gram matrices."""
         squared, sizes = [], []
-        for chunk in self._chunks(2 * groups * steps * (d + p + 2 * steps)):
-            terms = [each.double() for each in self.source.terms(chunk.start, chunk.stop)]
-            grams = [torch.bmm(each, each.transpose(1, 2)) for each in terms]
-            own = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in grams]).prod(0)
-            squared.append((grams[0] * grams[1]).sum((1, 2)).reshape(-1, groups).sum(1))
-            sizes.append(own.sqrt().reshape(-1, groups * steps).sum(1))
-        return torch.cat(squared).clamp_min(0).cpu().numpy(), torch.cat(sizes).cpu().numpy()
+        for chunk, a, b in self._chunks():
+            count = chunk.stop - chunk.start
+            a, b = a.double(), b.double()
+            of_inputs, of_flows = torch.bmm(a, a.mT), torch.bmm(b.mT, b)
+            squared.append((of_inputs * of_flows).view(count, -1).sum(1).clamp_min_(0).cpu().numpy())
+            terms = of_inputs.diagonal(dim1=1, dim2=2) * of_flows.diagonal(dim1=1, dim2=2)
+            sizes.append(terms.sqrt().reshape(count, -1).sum(1).cpu().numpy())
+        return np.concatenate(squared), np.concatenate(sizes)
 
 
 class Tokens:
-    """An embedding's weight: tokens (B, T), gradients (B, T, p). Rows of one token in one example are merged."""
+    """An embedding's weight: tokens (B, T), gradients (B, T, p).
+
+    Gradients of a token that one example has several times are one gradient, their sum.
+    """
 
     def __init__(self, layer: nn.Embedding, tokens: Tensor, flows: Tensor) -> None:
         self._layer, self._tokens, self._flows = layer, tokens, flows
-        steps = torch.arange(len(tokens), device=tokens.device)[:, None] * layer.num_embeddings + tokens
-        keys, places = torch.unique(steps, return_inverse=True)
-        self._owner = torch.div(keys, layer.num_embeddings, rounding_mode="floor")
-        self._token = keys - self._owner * layer.num_embeddings
-        self._merged = flows.new_zeros(len(keys), flows.shape[2])
-        self._merged.index_add_(0, places.flatten(), flows.flatten(0, 1))
+        words, count = tokens.cpu().numpy(), tokens.shape[0]
+        order = words.argsort(axis=1)
+        ordered = np.take_along_axis(words, order, axis=1)
+        again = np.zeros(words.shape, bool)
+        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        several = again.copy()
+        several[:, :-1] |= again[:, 1:]
+        places = (order + np.arange(count)[:, None] * words.shape[1])[several]
+        again = again[several]
+        # The sums stand at the first place of their token; the others, and padding, come to nothing.
+        self._heads = torch.from_numpy(places[~again]).to(flows.device)
+        spare = places[again]
         if layer.padding_idx is not None:
-            self._merged[self._token == layer.padding_idx] = 0.0
+            spare = np.concatenate([spare, np.flatnonzero(words == layer.padding_idx)])
+        self._spare = torch.from_numpy(spare).to(flows.device)
+        groups = torch.from_numpy(np.cumsum(~again) - 1).to(flows.device)
+        repeated = flows.flatten(0, 1)[torch.from_numpy(places).to(flows.device)]
+        self._merged = flows.new_zeros(len(self._heads), flows.shape[2]).index_add_(0, groups, repeated)
 
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
-        owners = self._owner.cpu().numpy()
-        return np.bincount(owners, weights=squares(self._merged), minlength=len(self._tokens)), self
+        squared = norms(self._flows.flatten(0, 1)) ** 2
+        squared[self._heads.cpu().numpy()] = norms(self._merged) ** 2
+        squared[self._spare.cpu().numpy()] = 0.0
+        return squared.reshape(self._tokens.shape).sum(1), self
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         sums = torch.zeros_like(self._layer.weight, requires_grad=False)
-        return sums.index_add_(0, self._token, self._merged * factors[self._owner, None])
+        return sums.index_add_(0, self._tokens.flatten(), self._weighted(factors))
 
     def per_example(self) -> Tensor:
-        laid = self._merged.new_zeros(len(self._tokens), *self._layer.weight.shape)
-        laid[self._owner, self._token] = self._merged
-        return laid
+        count, words = self._tokens.shape[0], self._layer.num_embeddings
+        weighted = self._weighted(self._flows.new_ones(count))
+        places = self._tokens + torch.arange(count, device=self._tokens.device)[:, None] * words
+        laid = weighted.new_zeros(count * words, weighted.shape[1])
+        return laid.index_add_(0, places.flatten(), weighted).unflatten(0, (count, words))
 
     def rows(self, index: Tensor) -> "Tokens":
         return Tokens(self._layer, self._tokens[index], self._flows[index])
+
+    def _weighted(self, factors: Tensor) -> Tensor:
+        """The gradients at all places (B T, p), merged, times their example's factor."""
+        weighted = (self._flows * factors[:, None, None]).flatten(0, 1)
+        weighted[self._heads] = self._merged * factors[self._heads // self._tokens.shape[1], None]
+        weighted[self._spare] = 0.0
+        return weighted
 
 
 def combined(uses: Sequence[Use]) -> Use:
     """One use of a parameter in place of several: the gradient of an example is the sum of theirs."""
     if len(uses) == 1:
         return uses[0]
-    terms = [use.source if isinstance(use, Products) else use for use in uses]
-    linear = [use if isinstance(use, Terms) else use.as_terms() for use in terms if isinstance(use, Terms | Rows)]
+    terms = [_terms(use) for use in uses]
+    linear = [each for each in terms if each is not None]
     if len(linear) == len(uses):
         return Products(
-            Terms(torch.cat([use.inputs for use in linear], 1), torch.cat([use.flows for use in linear], 1))
+            Terms(torch.cat([each.inputs for each in linear], 1), torch.cat([each.flows for each in linear], 1))
         )
     return Laid(torch.stack([use.per_example() for use in uses]).sum(0))
+
+
+def _terms(use: Use) -> Terms | None:
+    if isinstance(use, Rows):
+        return use.terms()
+    if isinstance(use, Products) and isinstance(use.source, Terms):
+        return use.source
+    return None
