@@ -4,19 +4,20 @@
 loss function holds. One example after another always is right, and as slow as it sounds.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+from fedinfer.privacy.passes import LossFn
+
 # Numbers laid out at a time.
 CHUNK = 1 << 24
 
 
 def per_example_gradients(
-    model: nn.Module, loss_fn: LossFn, inputs: tuple[Tensor, ...], y: Tensor, trained: Mapping[str, nn.Parameter]
+    model: nn.Module, loss_fn: LossFn, inputs: Sequence[Tensor], y: Tensor, trained: Mapping[str, nn.Parameter]
 ) -> Iterator[dict[str, Tensor]]:
     """The gradients (n, *shape) of all examples by the `trained` parameters, some examples at a time, in order.
 
@@ -25,7 +26,7 @@ def per_example_gradients(
     size = max(1, CHUNK // max(1, sum(p.numel() for p in trained.values())))
     for start in range(0, len(y), size):
         chunk = slice(start, start + size)
-        some_inputs, some_y = tuple(each[chunk] for each in inputs), y[chunk]
+        some_inputs, some_y = [each[chunk] for each in inputs], y[chunk]
         try:
             gradients = _by_vmap(model, loss_fn, some_inputs, some_y, trained)
         except RuntimeError:
@@ -34,7 +35,7 @@ def per_example_gradients(
 
 
 def _by_vmap(
-    model: nn.Module, loss_fn: LossFn, inputs: tuple[Tensor, ...], y: Tensor, trained: Mapping[str, nn.Parameter]
+    model: nn.Module, loss_fn: LossFn, inputs: Sequence[Tensor], y: Tensor, trained: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor] | None:
     names = {parameter: name for name, parameter in trained.items()}
     # Every place of every parameter, so that a shared one is the same tensor wherever it stands.
@@ -45,7 +46,7 @@ def _by_vmap(
     }
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
 
-    def loss_of_one(parameters: dict[str, Tensor], one: tuple[Tensor, ...], one_y: Tensor) -> Tensor:
+    def loss_of_one(parameters: dict[str, Tensor], one: list[Tensor], one_y: Tensor) -> Tensor:
         state = {
             place: parameters[names[parameter]] if parameter in names else parameter.detach()
             for place, parameter in places.items()
@@ -55,13 +56,13 @@ def _by_vmap(
 
     apart = {name: parameter.detach() for name, parameter in trained.items()}
     each = vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0), randomness="different")
-    gradients, losses = each(apart, inputs, y)
+    gradients, losses = each(apart, list(inputs), y)
     # A loss that still has a graph uses parameters that were not handed to it.
     return None if losses.requires_grad else gradients
 
 
 def _one_by_one(
-    model: nn.Module, loss_fn: LossFn, inputs: tuple[Tensor, ...], y: Tensor, trained: Mapping[str, nn.Parameter]
+    model: nn.Module, loss_fn: LossFn, inputs: Sequence[Tensor], y: Tensor, trained: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     laid = {name: torch.zeros(len(y), *p.shape, dtype=p.dtype, device=p.device) for name, p in trained.items()}
     for index in range(len(y)):

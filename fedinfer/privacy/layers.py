@@ -8,8 +8,7 @@ on its own parameters, and shows in the same way.
 Reference: Bu et al. 2023, arXiv:2210.00038 (book-keeping).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn import functional
 from fedinfer.privacy.recurrent import Edge, edge_of, unrolled
 from fedinfer.privacy.uses import Laid, Patches, Products, Rows, Terms, Tokens, Use
 
-Uses = Sequence[tuple[nn.Parameter | None, Use]]
+Uses = Sequence[tuple[Tensor | None, Use]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +54,15 @@ class Recorder:
         self.examples = examples
         self.runs: list[Run] = []
 
-    @contextmanager
-    def listening(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """Within, these layers run here."""
-        try:
-            for layer in layers:
-                layer.__dict__["forward"] = partial(LAYERS[type(layer)], self, layer)
-            yield
-        finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
+    def listen(self, layers: Sequence[nn.Module]) -> None:
+        """From now on these layers run here."""
+        for layer in layers:
+            layer.__dict__["forward"] = partial(LAYERS[type(layer)], self, layer)
+
+    def leave(self, layers: Sequence[nn.Module]) -> None:
+        """The layers run as they did before."""
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
 
     def keep(self, edge: Edge, inputs: Tensor, uses: Callable[[Tensor, Tensor], Uses], *, batch_axis: int = 0) -> None:
         """Note a run, unless no gradient can come through its output."""
@@ -78,7 +76,7 @@ def _stand_ins(layer: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().requires_grad_() for name, p in layer._parameters.items() if p is not None}
 
 
-def _of_linear(weight: nn.Parameter, bias: nn.Parameter | None, inputs: Tensor, flows: Tensor) -> Uses:
+def _of_linear(weight: Tensor, bias: Tensor | None, inputs: Tensor, flows: Tensor) -> Uses:
     if inputs.dim() == 2:
         laid = Laid(flows)
         return (weight, Rows(inputs, laid)), (bias, laid)

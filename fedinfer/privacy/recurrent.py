@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 
-
 Edge = GradientEdge | Tensor
 
 
@@ -46,13 +45,13 @@ class _GruSteps(torch.autograd.Function):
         size = weight.shape[1]
         states, kept = gates.new_empty(len(gates) + 1, *first.shape), gates.new_empty(len(gates), *first.shape)
         states[0] = first
-        both, new = gates.split((2 * size, size), dim=-1)
-        weight_both, weight_new = weight.T.split((2 * size, size), dim=1)
+        both, new = torch.split(gates, [2 * size, size], dim=-1)
+        weight_both, weight_new = torch.split(weight.T, [2 * size, size], dim=1)
         bias_new = gates.new_zeros(size)
         if bias is not None:
             both += bias[: 2 * size]
             bias_new = bias[2 * size :]
-        reset, update = both.split(size, dim=-1)
+        reset, update = torch.split(both, size, dim=-1)
         state = states[0]
         for both_t, reset_t, update_t, new_t, kept_t, after in zip(
             *(part.unbind() for part in (both, reset, update, new, kept, states[1:])), strict=True
@@ -68,11 +67,11 @@ class _GruSteps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gates, kept, states, weight = ctx.saved_tensors
         size = weight.shape[1]
-        reset, update, new = gates.split(size, dim=-1)
+        reset, update, new = torch.split(gates, size, dim=-1)
         # The gradients at the gates' two halves, for a gradient of 1 at the state after the step.
         by_inputs, by_states = torch.empty_like(gates), torch.empty_like(gates)
         by_new = by_inputs[..., 2 * size :]
-        by_reset, by_update, by_kept = by_states.split(size, dim=-1)
+        by_reset, by_update, by_kept = torch.split(by_states, size, dim=-1)
         torch.addcmul(new.new_ones(()), new, new, value=-1, out=by_new)
         by_new.addcmul_(by_new, update, value=-1)
         torch.mul(by_new, reset, out=by_kept)
@@ -80,7 +79,7 @@ class _GruSteps(torch.autograd.Function):
         by_reset.addcmul_(by_reset, reset, value=-1)
         torch.sub(states[:-1], new, out=by_update).mul_(update)
         by_update.addcmul_(by_update, update, value=-1)
-        triples = by_states.unflatten(-1, (3, size))
+        triples = by_states.view(*by_states.shape[:2], 3, size)
         steps = [part.unbind() for part in (triples, by_states, by_new, update, grads[0][:-1])]
         grad = grads[0][-1]
         for triple, by_states_t, by_new_t, update_t, before in reversed(list(zip(*steps, strict=True))):
@@ -102,7 +101,7 @@ class _LstmSteps(torch.autograd.Function):
         states, cells = (gates.new_empty(len(gates) + 1, *first.shape) for _ in range(2))
         states[0], cells[0] = first, first_cell
         state, cell, across = states[0], cells[0], weight.T
-        parts = (gates, gates[..., : 2 * size], *gates.split(size, dim=-1), states[1:], cells[1:])
+        parts = (gates, gates[..., : 2 * size], *torch.split(gates, size, dim=-1), states[1:], cells[1:])
         for gates_t, both_t, enter, forget, new_t, output_t, after, cell_after in zip(
             *(part.unbind() for part in parts), strict=True
         ):
@@ -119,10 +118,10 @@ class _LstmSteps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gates, _, cells, weight = ctx.saved_tensors
         size = weight.shape[1]
-        enter, forget, new, output = gates.split(size, dim=-1)
+        enter, forget, new, output = torch.split(gates, size, dim=-1)
         # The gradients at the gates, for a gradient of 1 at the cell (of 1 at the state: the output gate's).
         by_gates, squashed = torch.empty_like(gates), cells[1:].tanh()
-        by_enter, by_forget, by_new, by_output = by_gates.split(size, dim=-1)
+        by_enter, by_forget, by_new, by_output = torch.split(by_gates, size, dim=-1)
         for gate, times, out in (
             (enter, new, by_enter),
             (forget, cells[:-1], by_forget),
@@ -133,7 +132,7 @@ class _LstmSteps(torch.autograd.Function):
         torch.mul(enter, new, out=by_new)
         torch.addcmul(enter, by_new, new, value=-1, out=by_new)
         by_cell = squashed.square_().neg_().add_(1).mul_(output)
-        triples = by_gates[..., : 3 * size].unflatten(-1, (3, size))
+        triples = by_gates.view(*by_gates.shape[:2], 4, size)[:, :, :3]
         steps = [
             part.unbind() for part in (triples, by_output, by_gates, by_cell, forget, grads[0][:-1], grads[1][:-1])
         ]
@@ -180,12 +179,16 @@ def unrolled(
                 biases = None if bias is None or bias_states is None else bias + bias_states
                 gates = functional.linear(steps, weight, biases)
                 edge = edge_of(gates)
-                states, cells = _LstmSteps.apply(gates, tap, state[0][index], state[1][index], weight_states)
+                states, cells = _LstmSteps.apply(  # type: ignore[no-untyped-call]
+                    gates, tap, state[0][index], state[1][index], weight_states
+                )
                 lasts.append((states[-1], cells[-1]))
             else:
                 gates = functional.linear(steps, weight, bias)
                 edge = edge_of(gates)
-                states = _GruSteps.apply(gates, tap, state[index], weight_states, bias_states)
+                states = _GruSteps.apply(  # type: ignore[no-untyped-call]
+                    gates, tap, state[index], weight_states, bias_states
+                )
                 lasts.append((states[-1],))
             has_bias = bias is not None
             parts.append(Part(weight=names[0], bias=names[2] if has_bias else None, inputs=steps, edge=edge))

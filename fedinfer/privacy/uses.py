@@ -58,10 +58,11 @@ class Use(Protocol):
         ...
 
 
-def norms(rows: Tensor) -> Doubles:
-    """The norms (B,) of the rows of a tensor (B, ...)."""
+def squares(rows: Tensor) -> Doubles:
+    """The squared norms (B,) of the rows of a tensor (B, ...)."""
     flat = rows if rows.dim() == 2 else rows.flatten(1)
-    return torch.linalg.vector_norm(flat, dim=1).cpu().numpy().astype(np.float64)
+    norms: Doubles = torch.linalg.vector_norm(flat, dim=1).cpu().numpy()
+    return norms * norms
 
 
 class Laid:
@@ -73,8 +74,7 @@ class Laid:
     @cached_property
     def squares(self) -> Doubles:
         """The squared norms (B,)."""
-        sizes = norms(self.laid)
-        return sizes * sizes
+        return squares(self.laid)
 
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
         return self.squares, self
@@ -100,8 +100,7 @@ class Rows:
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
         # A square below the smallest number is lost, and the other factor may be large enough for it to matter.
         lost = torch.finfo(self._inputs.dtype).tiny * max(self._inputs.shape[1], self._flows.laid.shape[1])
-        sizes = norms(self._inputs)
-        return (sizes * sizes + lost) * (self._flows.squares + lost), self
+        return (squares(self._inputs) + lost) * (self._flows.squares + lost), self
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         return (self._flows.laid * factors[:, None]).T @ self._inputs
@@ -150,7 +149,7 @@ class Terms:
         return self.inputs[chunk].contiguous(), self.flows[chunk].contiguous().transpose(1, 2)
 
     def shaped(self, products: Tensor) -> Tensor:
-        return products.unflatten(-1, (self.sizes[4], self.sizes[3]))
+        return products.view(*products.shape[:-1], self.sizes[4], self.sizes[3])
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         inputs, flows, factors = self.inputs, self.flows, factors[:, None, None]
@@ -181,28 +180,39 @@ class Patches:
         _, groups, steps, size, outputs = self.sizes
         layer, inputs, flows = self._layer, self._inputs[chunk], self._flows[chunk]
         spans, strides, dilations, padding = layer.kernel_size, layer.stride, layer.dilation, self._padding
-        places = flows.shape[2:]
+        places = tuple(flows.shape[2:])
         if len(spans) == 1:
             inputs, places = inputs[:, :, None], (1, *places)
             spans, strides, dilations, padding = (1, *spans), (1, *strides), (1, *dilations), (0, *padding)
         # With channels last a patch is made of runs of kernel width by channels, which copy fast.
-        padded = functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1).contiguous()
+        padded = (
+            functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1).contiguous()
+        )
         count, _, width, channels = padded.shape
         row, depth = width * channels, channels // groups
         patches = padded.as_strided(
             (count, groups, *places, *spans, depth),
-            (padded.stride(0), depth, strides[0] * row, strides[1] * channels, dilations[0] * row, dilations[1] * channels, 1),
+            (
+                padded.stride(0),
+                depth,
+                strides[0] * row,
+                strides[1] * channels,
+                dilations[0] * row,
+                dilations[1] * channels,
+                1,
+            ),
         )
         return patches.reshape(-1, steps, size), flows.reshape(-1, outputs, steps)
 
     def shaped(self, products: Tensor) -> Tensor:
         shape = self._layer.weight.shape
-        return products.unflatten(-1, (shape[0], *shape[2:], shape[1])).movedim(-1, 1 - len(shape))
+        patches = products.view(*products.shape[:-1], shape[0], *shape[2:], shape[1])
+        return patches.movedim(-1, 1 - len(shape))
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         layer, weighted = self._layer, self._flows * factors.view(-1, *[1] * (self._flows.dim() - 1))
         of_weight = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
-        return of_weight(
+        return of_weight(  # type: ignore[no-untyped-call, no-any-return]
             self._inputs, layer.weight.shape, weighted, layer.stride, self._padding, layer.dilation, layer.groups
         )
 
@@ -218,11 +228,10 @@ class Products:
 
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
         _, _, steps, d, p = self.source.sizes
-        if d * p <= steps * (d + p):
-            laid = self.per_example()
-            kept = Laid(laid)
+        if steps * (d + p) >= d * p:
+            kept = Laid(self.per_example())
             return kept.squares, kept
-        squared, sizes = self._by_gram() if GRAM_COST * steps * (d + p) < d * p else self._by_parts()
+        squared, sizes = self._by_gram() if GRAM_COST * steps * (d + p) <= d * p else self._by_parts()
         if (sizes > CANCELLED * np.maximum(np.sqrt(squared), clip_norm)).any():
             return self._by_parts()[0], self
         return squared, self.source
@@ -255,7 +264,7 @@ class Products:
         squared, sizes = [], []
         for chunk, a, b in self._chunks():
             count = chunk.stop - chunk.start
-            squared.append(norms(torch.bmm(b, a).view(count, -1)) ** 2)
+            squared.append(squares(torch.bmm(b, a).view(count, -1)))
             terms = torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(b, dim=1)
             sizes.append(terms.view(count, -1).sum(1).cpu().numpy())
         return np.concatenate(squared), np.concatenate(sizes)
@@ -273,59 +282,74 @@ class Products:
         return np.concatenate(squared), np.concatenate(sizes)
 
 
+class Lookups:
+    """Rows of an embedding's weight that examples looked up: tokens (B, T), gradients (B, T, p)."""
+
+    def __init__(self, layer: nn.Embedding, tokens: Tensor, flows: Tensor) -> None:
+        self._layer, self._tokens, self._flows = layer, tokens, flows
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        sums = torch.zeros_like(self._layer.weight, requires_grad=False)
+        size = max(1, CHUNK // max(1, self._flows[0].numel()))
+        for start in range(0, len(factors), size):
+            chunk = slice(start, start + size)
+            weighted = self._flows[chunk] * factors[chunk, None, None]
+            sums.index_add_(0, self._tokens[chunk].flatten(), weighted.flatten(0, 1))
+        if self._layer.padding_idx is not None:
+            sums[self._layer.padding_idx] = 0.0
+        return sums
+
+    def rows(self, index: Tensor) -> "Lookups":
+        return Lookups(self._layer, self._tokens[index], self._flows[index])
+
+
 class Tokens:
     """An embedding's weight: tokens (B, T), gradients (B, T, p).
 
-    Gradients of a token that one example has several times are one gradient, their sum.
+    What an example has at one token in several places is one gradient, their sum.
     """
 
     def __init__(self, layer: nn.Embedding, tokens: Tensor, flows: Tensor) -> None:
         self._layer, self._tokens, self._flows = layer, tokens, flows
-        words, count = tokens.cpu().numpy(), tokens.shape[0]
-        order = words.argsort(axis=1)
+
+    def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
+        places, heads, sums = self._repeated()
+        rows = np.sqrt(squares(self._flows.flatten(0, 1)))
+        squared, sizes = rows * rows, np.zeros_like(rows)
+        sizes[places], squared[places] = rows[places], 0.0
+        squared[heads] = squares(sums)
+        if self._layer.padding_idx is not None:
+            squared[self._tokens.flatten().cpu().numpy() == self._layer.padding_idx] = 0.0
+        shape = tuple(self._tokens.shape)
+        squared, sizes = squared.reshape(shape).sum(1), sizes.reshape(shape).sum(1)
+        flows = self._flows
+        if (sizes > CANCELLED * np.maximum(np.sqrt(squared), clip_norm)).any():
+            flows = flows.flatten(0, 1).clone()
+            flows[torch.from_numpy(places)] = 0.0
+            flows[torch.from_numpy(heads)] = sums
+            flows = flows.view(self._flows.shape)
+        return squared, Lookups(self._layer, self._tokens, flows)
+
+    def per_example(self) -> Tensor:
+        one = torch.ones(1, dtype=self._flows.dtype, device=self._flows.device)
+        each = zip(torch.split(self._tokens, 1), torch.split(self._flows, 1), strict=True)
+        return torch.stack([Lookups(self._layer, *parts).weighted_sum(one) for parts in each])
+
+    def _repeated(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
+        """All places of a token that an example has more than once, the first of each, and the sums over the places."""
+        words = self._tokens.cpu().numpy()
+        order = words.argsort(axis=1, kind="stable")
         ordered = np.take_along_axis(words, order, axis=1)
         again = np.zeros(words.shape, bool)
         again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
         several = again.copy()
         several[:, :-1] |= again[:, 1:]
-        places = (order + np.arange(count)[:, None] * words.shape[1])[several]
-        again = again[several]
-        # The sums stand at the first place of their token; the others, and padding, come to nothing.
-        self._heads = torch.from_numpy(places[~again]).to(flows.device)
-        spare = places[again]
-        if layer.padding_idx is not None:
-            spare = np.concatenate([spare, np.flatnonzero(words == layer.padding_idx)])
-        self._spare = torch.from_numpy(spare).to(flows.device)
-        groups = torch.from_numpy(np.cumsum(~again) - 1).to(flows.device)
-        repeated = flows.flatten(0, 1)[torch.from_numpy(places).to(flows.device)]
-        self._merged = flows.new_zeros(len(self._heads), flows.shape[2]).index_add_(0, groups, repeated)
-
-    def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
-        squared = norms(self._flows.flatten(0, 1)) ** 2
-        squared[self._heads.cpu().numpy()] = norms(self._merged) ** 2
-        squared[self._spare.cpu().numpy()] = 0.0
-        return squared.reshape(self._tokens.shape).sum(1), self
-
-    def weighted_sum(self, factors: Tensor) -> Tensor:
-        sums = torch.zeros_like(self._layer.weight, requires_grad=False)
-        return sums.index_add_(0, self._tokens.flatten(), self._weighted(factors))
-
-    def per_example(self) -> Tensor:
-        count, words = self._tokens.shape[0], self._layer.num_embeddings
-        weighted = self._weighted(self._flows.new_ones(count))
-        places = self._tokens + torch.arange(count, device=self._tokens.device)[:, None] * words
-        laid = weighted.new_zeros(count * words, weighted.shape[1])
-        return laid.index_add_(0, places.flatten(), weighted).unflatten(0, (count, words))
-
-    def rows(self, index: Tensor) -> "Tokens":
-        return Tokens(self._layer, self._tokens[index], self._flows[index])
-
-    def _weighted(self, factors: Tensor) -> Tensor:
-        """The gradients at all places (B T, p), merged, times their example's factor."""
-        weighted = (self._flows * factors[:, None, None]).flatten(0, 1)
-        weighted[self._heads] = self._merged * factors[self._heads // self._tokens.shape[1], None]
-        weighted[self._spare] = 0.0
-        return weighted
+        places = (order + np.arange(len(words))[:, None] * words.shape[1])[several]
+        first = ~again[several]
+        groups = torch.from_numpy(np.cumsum(first) - 1)
+        flows = self._flows.flatten(0, 1)[torch.from_numpy(places)]
+        sums = flows.new_zeros(int(first.sum()), flows.shape[1])
+        return places, places[first], sums.index_add_(0, groups.to(flows.device), flows)
 
 
 def combined(uses: Sequence[Use]) -> Use:
