@@ -1,11 +1,16 @@
 """The auditor: what an adversary can prove against our training, its mutants and its peers, beside what they claim."""
 
-from fedinfer.auditing.audits import FULL, QUICK, Finding, Size, Verdict, audit
-from fedinfer.auditing.subjects import Subject, Trace, Training, Units
+from fedinfer.auditing.audits import AUDITS, FULL, QUICK, Finding, Size, Verdict, audit
+from fedinfer.auditing.subjects import AdaptiveClients, ClientUpdates, Subject, Trace, Training, Units, ours
+from fedinfer.auditing.trained import AuditBound, audit_training
 
 __all__ = [
+    "AUDITS",
     "FULL",
     "QUICK",
+    "AdaptiveClients",
+    "AuditBound",
+    "ClientUpdates",
     "Finding",
     "Size",
     "Subject",
@@ -14,4 +19,6 @@ __all__ = [
     "Units",
     "Verdict",
     "audit",
+    "audit_training",
+    "ours",
 ]

@@ -8,7 +8,7 @@ that units are sampled independently, which the audits of noise and sampling tes
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +36,10 @@ Floats = NDArray[np.float64]
 
 ERROR = 5e-8
 SHOWN_ERROR = 0.05
-STEPS = 8
 # Rounding to float32, and nothing else, may carry a distance past the clip norm.
 ROUNDING = 1e-5
 WIDTH = 4000
+NOISE_UNITS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,22 @@ class Size:
     whole_runs: int
     one_run: int
     noise_steps: int
+    steps: int = 8
+
+    def fitted(self, subject: Subject) -> "Size":
+        """Fewer canaries and more steps where each canary costs a message in each step."""
+        if not subject.slow:
+            return self
+        return replace(
+            self, canaries=self.canaries // 6, runs=max(4, self.runs // 8), one_run=self.one_run // 4, steps=32
+        )
 
 
-QUICK = Size(canaries=250, runs=80, whole_runs=400, one_run=2000, noise_steps=13)
-FULL = Size(canaries=250, runs=800, whole_runs=2000, one_run=4000, noise_steps=50)
+QUICK = Size(canaries=250, runs=40, whole_runs=240, one_run=2000, noise_steps=13)
+FULL = Size(canaries=250, runs=400, whole_runs=2000, one_run=4000, noise_steps=50)
 SAMPLING_CANARIES, SAMPLING_STEPS = 400, 64
+# Against a larger δ nothing could be shown with near certainty from one run: it might be that δ which happened.
+ONE_RUN_STEPS, ONE_RUN_DELTA = 8, 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,19 +112,23 @@ class Proof:
 def audit(subject: Subject, size: Size, streams: Streams) -> Iterator[Finding]:
     """Run every audit; `streams` gives a fresh noise stream each time that it is called."""
     for each in AUDITS.values():
-        yield each(subject, size, streams)
+        yield each(subject, size.fitted(subject), streams)
 
 
 def audit_neighbours(subject: Subject, size: Size, streams: Streams) -> Finding:
     """(a) With and without one unit, whatever it holds: the sums before noise are at most a clip norm apart."""
     plan = plan_for(subject, steps=1, divisor=16.0, rate=1.0)
-    worst, where, stopped = 0.0, "", []
+    worst, where = 0.0, ""
+    stopped: dict[str, None] = {}
     for name, without, present in neighbours(subject, width=64):
+        what = f"{len(without)} {subject.unit}s"
         try:
-            first, second = (subject.run(units, plan, streams()) for units in (without, present))
+            first = subject.run(without, plan, streams())
+            what = name
+            second = subject.run(present, plan, streams())
         # Whatever a peer raises is the finding.
         except Exception as error:
-            stopped.append(f"{name}: {type(error).__name__}")
+            stopped[f"{what} ({type(error).__name__})"] = None
             continue
         distance = _distance(first, second)
         if distance > worst:
@@ -121,8 +136,8 @@ def audit_neighbours(subject: Subject, size: Size, streams: Streams) -> Finding:
     passed = worst <= 1.0 + ROUNDING and not stopped
     says = f"one {subject.unit} moves the sum by {_number(worst)} of the clip norm ({where})"
     if stopped:
-        says += f"; one {subject.unit} stops the run: {'; '.join(stopped)}"
-    return Finding(audit="neighbours", passed=passed, figure=f"{_number(worst)} C" + " !" * bool(stopped), says=says)
+        says += f"; what stops the run: {', '.join(stopped)}"
+    return Finding(audit="neighbours", passed=passed, figure=f"{_number(worst)} C", says=says)
 
 
 def _distance(first: Trace, second: Trace) -> float:
@@ -154,8 +169,8 @@ def audit_size(subject: Subject, size: Size, streams: Streams) -> Finding:
     ratio = pairs[low]
     chance = 2.0 * min(f_distribution.sf(ratio, count, count), f_distribution.cdf(ratio, count, count))
     canaries = SAMPLING_CANARIES // 2
-    sampled = plan_for(subject, steps=STEPS, divisor=RATE * 2 * canaries)
-    taken = _taken(subject.run(some_present(axes(canaries), np.ones(canaries, bool)), sampled, streams()))
+    sampled = plan_for(subject, steps=8, divisor=RATE * 2 * canaries)
+    taken = _taken(subject, canaries, sampled, streams())
     rate_chance = poisson_chances(taken, sampled.sampling_rate)["rate"]
     passed = chance > ERROR and rate_chance > ERROR and not stopped
     wide = _number(np.sqrt(ratio))
@@ -174,9 +189,10 @@ def _ratio(first: float, second: float) -> float:
 
 def audit_noise(subject: Subject, size: Size, streams: Streams) -> Finding:
     """(b) The noise has the declared σ, is normal, and is fresh in each step, restart and device."""
-    plan = plan_for(subject, steps=size.noise_steps, divisor=1.0, rate=1.0)
-    sigma = plan.noise_multiplier * plan.clip_norm
-    noises = [subject.run(Units.of(np.ones((1, WIDTH))), plan, streams()).noise for _ in range(4)]
+    plan = plan_for(subject, steps=size.noise_steps, divisor=float(NOISE_UNITS), rate=1.0)
+    units = Units.of(np.ones((NOISE_UNITS, WIDTH)))
+    traces = [subject.run(units, plan, streams()) for _ in range(4)]
+    noises, sigma = [trace.noise for trace in traces], traces[0].sigma
     together = np.concatenate([noise.ravel() for noise in noises])
     chances = {
         "its spread": spread_chance(together, sigma),
@@ -197,7 +213,7 @@ def audit_sampling(subject: Subject, size: Size, streams: Streams) -> Finding:
         return Finding(audit="sampling", passed=None, figure="-", says="no amplification by sampling is claimed")
     canaries = SAMPLING_CANARIES
     plan = plan_for(subject, steps=SAMPLING_STEPS, divisor=RATE * canaries)
-    taken = _taken(subject.run(some_present(axes(canaries), np.ones(canaries, bool)), plan, streams()))
+    taken = _taken(subject, canaries, plan, streams())
     chances = poisson_chances(taken, plan.sampling_rate)
     odd = [what for what, chance in chances.items() if chance <= ERROR]
     spread = float(taken.sum(1).var() / (canaries * plan.sampling_rate * (1 - plan.sampling_rate)))
@@ -207,34 +223,32 @@ def audit_sampling(subject: Subject, size: Size, streams: Streams) -> Finding:
     return Finding(audit="sampling", passed=not odd, figure=f"var {spread:.2f}", says=says)
 
 
-def _taken(trace: Trace) -> NDArray[np.bool_]:
-    """Which canaries (T, canaries) a sum holds; after their axes come the spare one and the model's bias."""
-    sums = np.abs(trace.before[:, : SAMPLING_CANARIES])
+def _taken(subject: Subject, canaries: int, plan: PrivacyPlan, stream: NoiseStream) -> NDArray[np.bool_]:
+    """Which canaries (T, canaries) each sum of a run holds."""
+    trace = subject.run(some_present(axes(canaries), np.ones(canaries, bool)), plan, stream)
+    sums = np.abs(trace.before[:, :canaries])
     return sums > np.maximum(sums.max(1, keepdims=True), CLIP_NORM / 100) / 2
 
 
 def audit_two_runs(subject: Subject, size: Size, streams: Streams) -> Finding:
-    """(c) Games on neighbours, over several steps, sampled and not, and over whole runs."""
-    sampled = plan_for(subject, steps=STEPS, divisor=RATE * size.canaries)
-    proofs = [
-        _canary_game(subject, size, streams, plan_for(subject, steps=STEPS, divisor=size.canaries, rate=1.0)),
-        _whole_game(subject, size, streams),
-    ]
-    if subject.sampled:
-        proofs.append(_canary_game(subject, size, streams, sampled))
+    """(c) A game on neighbours of the same size, over several steps, with sampling and without."""
+    rates = (RATE, 1.0) if subject.sampled else (1.0,)
+    proofs = [_canary_game(subject, size, streams, rate) for rate in rates]
     worst = max(proofs, key=lambda proof: (not proof.holds, proof.shown / proof.claimed))
     return _finding("two runs", subject, worst)
 
 
-def _canary_game(subject: Subject, size: Size, streams: Streams, plan: PrivacyPlan) -> Proof:
+def _canary_game(subject: Subject, size: Size, streams: Streams, rate: float) -> Proof:
+    """Assumes a Gaussian mechanism's trade-off where everybody takes part, and nothing where units are sampled."""
     directions = axes(size.canaries)
+    plan = plan_for(subject, steps=size.steps, divisor=rate * size.canaries, rate=rate)
     scores: list[Floats] = []
     claimed = np.inf
     for present in (False, True):
         units = some_present(directions, np.full(size.canaries, present))
         traces = [subject.run(units, plan, streams()) for _ in range(size.runs)]
         scores.append(np.concatenate([canary_scores(trace, directions, plan) for trace in traces]))
-        claimed = _claim(traces[0])
+        claimed = traces[0].claimed
     game = Game(without=scores[0], present=scores[1])
     bound = game.gaussian_epsilon_lower if plan.sampling_rate == 1.0 else game.epsilon_lower
     return Proof(
@@ -244,8 +258,8 @@ def _canary_game(subject: Subject, size: Size, streams: Streams, plan: PrivacyPl
     )
 
 
-def _whole_game(subject: Subject, size: Size, streams: Streams) -> Proof:
-    """One canary against one opposite unit: what it adds along its direction, and what it changes in the spread."""
+def audit_whole_runs(subject: Subject, size: Size, streams: Streams) -> Finding:
+    """(c) A game on whole runs of one unit and of two: what the second adds in its direction, and to the spread."""
     width = 200
     plan = plan_for(subject, steps=2, divisor=4.0, rate=1.0)
     base = np.zeros((1, width))
@@ -262,22 +276,24 @@ def _whole_game(subject: Subject, size: Size, streams: Streams) -> Proof:
         traces = [subject.run(Units.of(rows), plan, streams()) for _ in range(size.whole_runs)]
         along.append(np.array([-trace.released[:, 0].sum() for trace in traces]))
         spread.append(np.array([-np.square(trace.released[:, 1 : width - 1]).sum() for trace in traces]))
-        claimed = _claim(traces[0])
+        claimed = traces[0].claimed
     games = [Game(without=without, present=present) for without, present in (along, spread)]
 
     def bound(error: float) -> float:
         plain = [game.epsilon_lower(delta=plan.delta, error=error / 3) for game in games]
         return max(*plain, games[0].gaussian_epsilon_lower(delta=plan.delta, error=error / 3))
 
-    return Proof(shown=bound(SHOWN_ERROR), certain=bound(ERROR), claimed=claimed)
+    proof = Proof(shown=bound(SHOWN_ERROR), certain=bound(ERROR), claimed=claimed)
+    return _finding("whole runs", subject, proof)
 
 
 def audit_one_run(subject: Subject, size: Size, streams: Streams) -> Finding:
     """(d) One run with canaries that are in or out by fair coins, and guesses which."""
     clients = subject.unit == "client"
-    directions = random_directions(size.one_run // 4, 0) if clients else axes(size.one_run)
+    directions = random_directions(size.one_run, 0) if clients else axes(size.one_run)
     present = streams().uniform(len(directions)) < 0.5
-    plan = plan_for(subject, steps=STEPS, divisor=len(directions) * (RATE if subject.sampled else 1.0))
+    divisor = len(directions) * (RATE if subject.sampled else 1.0)
+    plan = plan_for(subject, steps=ONE_RUN_STEPS, divisor=divisor, delta=ONE_RUN_DELTA)
     trace = subject.run(some_present(directions, present), plan, streams())
     guesses = Guesses.from_scores(
         canary_scores(trace, directions, plan), present, each_side=max(4, len(directions) // 20)
@@ -285,14 +301,14 @@ def audit_one_run(subject: Subject, size: Size, streams: Streams) -> Finding:
     proof = Proof(
         shown=guesses.epsilon_lower(delta=plan.delta, error=SHOWN_ERROR),
         certain=guesses.epsilon_lower(delta=plan.delta, error=ERROR),
-        claimed=_claim(trace),
+        claimed=trace.claimed,
     )
     return _finding("one run", subject, proof)
 
 
 def canary_scores(trace: Trace, directions: Floats, plan: PrivacyPlan) -> Floats:
     """For each canary the log-likelihood ratio of the whole run, under the plan: the best score there is."""
-    along = trace.released[:, : directions.shape[1]] @ directions.T / plan.clip_norm
+    along = trace.along(directions) / plan.clip_norm
     step = (2.0 * along - 1.0) / (2.0 * plan.noise_multiplier**2)
     rate = plan.sampling_rate
     if rate == 1.0:
@@ -305,7 +321,7 @@ def canary_scores(trace: Trace, directions: Floats, plan: PrivacyPlan) -> Floats
 def audit_clip_rule(subject: Subject, size: Size, streams: Streams) -> Finding:
     """An adaptive clip norm settles at the quantile of the norms that it is told."""
     units = 200
-    rule = subject.clip_rule(units)
+    rule = subject.clip_rule(units, streams())
     if rule is None:
         return Finding(audit="adaptive clip", passed=None, figure="-", says="the clip norm is fixed")
     norms = np.linspace(0.5, 1.5, units)
@@ -317,20 +333,18 @@ def audit_clip_rule(subject: Subject, size: Size, streams: Streams) -> Finding:
 
 
 def _finding(name: str, subject: Subject, proof: Proof) -> Finding:
-    figure = f"≥{proof.shown:.2f} of {proof.claimed:.2f}"
+    figure = f"ε≥{proof.shown:.2f} of {proof.claimed:.2f}"
     if proof.holds:
         says = f"an attacker can prove ε ≥ {proof.shown:.2f}, and ε = {proof.claimed:.2f} is stated"
+        if proof.shown > proof.claimed:
+            figure, says = f"{figure}?", f"{says}: odd, and too few answers to be certain; run the long audit"
     else:
         odds = f"{np.exp(proof.shown):,.0f}" if proof.shown < 15 else "a million"
         says = (
-            f"ε = {proof.claimed:.2f} is stated, and ε ≥ {proof.shown:.2f} is proven: an attacker may multiply the odds "
-            f"that one {subject.unit} took part by {odds} and more"
+            f"ε = {proof.claimed:.2f} is stated, and ε ≥ {proof.shown:.2f} is proven: an attacker may multiply the "
+            f"odds that one {subject.unit} took part by {odds} and more"
         )
     return Finding(audit=name, passed=proof.holds, figure=figure, says=says)
-
-
-def _claim(trace: Trace) -> float:
-    return np.inf if trace.claimed is None else trace.claimed
 
 
 def _number(value: float) -> str:
@@ -343,6 +357,7 @@ AUDITS: dict[str, Callable[[Subject, Size, Streams], Finding]] = {
     "noise": audit_noise,
     "sampling": audit_sampling,
     "two runs": audit_two_runs,
+    "whole runs": audit_whole_runs,
     "one run": audit_one_run,
     "adaptive clip": audit_clip_rule,
 }

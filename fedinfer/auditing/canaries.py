@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedinfer.auditing.subjects import Subject, Units
-from fedinfer.privacy import PrivacyPlan
+from fedinfer.privacy import Poisson, PrivacyPlan
 
 Floats = NDArray[np.float64]
 
@@ -21,13 +21,14 @@ LOUD = 1e3
 FAINT = 1e-3
 
 
-def plan_for(subject: Subject, *, steps: int, divisor: float, rate: float = RATE) -> PrivacyPlan:
+def plan_for(subject: Subject, *, steps: int, divisor: float, rate: float = RATE, delta: float = DELTA) -> PrivacyPlan:
     """The plan that a subject is given: ε = 1 over `steps`; everybody takes part where it does not sample."""
     return PrivacyPlan.calibrate(
         epsilon=EPSILON,
-        delta=DELTA,
+        delta=delta,
         steps=steps,
-        sampling_rate=rate if subject.sampled else 1.0,
+        unit=subject.unit,
+        sampler=Poisson(rate=rate if subject.sampled else 1.0),
         clip_norm=CLIP_NORM,
         divisor=divisor,
     )

@@ -3,37 +3,37 @@
 They are here so that whoever relies on the audit can see that it works. Nothing else imports this file.
 """
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedinfer.arrays import flatten, unflatten
-from fedinfer.auditing.subjects import RecordingPlan, Training
+from fedinfer.arrays import unflatten
+from fedinfer.auditing.subjects import AdaptiveClients, Floats, RecordingPlan, Subject, Training
 from fedinfer.data import Table
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient, insecure_seeded_noise
-from fedinfer.privacy.audit_clipping import ClipRule
+from fedinfer.privacy.clipping import LEAST_CLIP, MOST_CLIP, AdaptiveClip
 from fedinfer.training import StepReply, StepTask, logistic_loss, private_step
-
-CLIP_RATE = 0.2
-CLIP_QUANTILE = 0.5
 
 
 def unsafe_no_noise(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> StepReply:
     """Clips, and forgets the noise."""
     plan = _plan(task)
-    clipped = flatten(dict(clipped_gradient(net, logistic_loss, *_drawn(task, net, table, stream), clip_norm=plan.clip_norm)))
-    plan.seen.append(clipped.astype(np.float64))
-    return _reply((clipped / plan.divisor).astype(np.float32), stream)
+    total = _clipped_sum(plan, net, *_drawn(task, net, table, stream))
+    plan.seen.append(total)
+    return _reply((total / plan.divisor).astype(np.float32), stream)
 
 
 def unsafe_quarter_noise(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> StepReply:
     """Runs with a quarter of the noise that is accounted."""
     plan = _plan(task)
-    return private_step(replace(task, plan=replace(plan, noise_multiplier=plan.noise_multiplier / 4)), net, table, stream)
+    return private_step(
+        replace(task, plan=replace(plan, noise_multiplier=plan.noise_multiplier / 4)), net, table, stream
+    )
 
 
 def unsafe_no_clip(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> StepReply:
@@ -47,7 +47,7 @@ def unsafe_clip_after_sum(task: StepTask, net: nn.Module, table: Table, stream: 
     plan = _plan(task)
     x, y = _drawn(task, net, table, stream)
     total = _plain_sum(net, x, y)
-    length = float(np.linalg.norm(total.astype(np.float64)))
+    length = float(np.linalg.norm(total))
     return _reply(plan.release(total * min(1.0, plan.clip_norm / max(length, 1e-30)), stream), stream)
 
 
@@ -55,11 +55,9 @@ def unsafe_size_from_data(task: StepTask, net: nn.Module, table: Table, stream: 
     """Takes the sampling rate from a batch size and the number of rows, and divides by what that gives."""
     plan = _plan(task)
     rate = min(1.0, plan.divisor / max(len(table), 1))
-    chosen = torch.from_numpy(np.flatnonzero(stream.uniform(len(table)) < rate))
-    x, y = torch.from_numpy(table.features)[chosen], torch.from_numpy(table.labels)[chosen]
-    net.load_state_dict(unflatten(task.weights, net.state_dict()))
-    clipped = flatten(dict(clipped_gradient(net, logistic_loss, x, y, clip_norm=plan.clip_norm)))
-    return _reply(replace(plan, divisor=max(rate * len(table), 1.0)).release(clipped, stream), stream)
+    chosen = np.flatnonzero(stream.uniform(len(table)) < rate)
+    total = _clipped_sum(plan, net, *_rows(task, net, table, chosen))
+    return _reply(replace(plan, divisor=max(rate * len(table), 1.0)).release(total, stream), stream)
 
 
 def unsafe_skip_empty(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> StepReply:
@@ -87,11 +85,8 @@ class UnsafeShuffledBatches:
         place = (task.round - 1) % batches
         if place == 0:
             self.order = np.argsort(stream.uniform(len(table)))
-        chosen = torch.from_numpy(np.sort(np.array_split(self.order, batches)[place]))
-        x, y = torch.from_numpy(table.features)[chosen], torch.from_numpy(table.labels)[chosen]
-        net.load_state_dict(unflatten(task.weights, net.state_dict()))
-        clipped = clipped_gradient(net, logistic_loss, x, y, clip_norm=plan.clip_norm)
-        return _reply(plan.release(flatten(dict(clipped)), stream), stream)
+        chosen = np.sort(np.array_split(self.order, batches)[place])
+        return _reply(plan.release(_clipped_sum(plan, net, *_rows(task, net, table, chosen)), stream), stream)
 
 
 def unsafe_last_round(plan: PrivacyPlan) -> float:
@@ -99,16 +94,17 @@ def unsafe_last_round(plan: PrivacyPlan) -> float:
     return plan.epsilon(1)
 
 
-def unsafe_inverted_rule(units: int) -> ClipRule:
-    """Moves the clip norm the wrong way: the share that was clipped stands where the share that was not belongs."""
+class MutantInvertedSign(AdaptiveClip):
+    """Takes the share within the clip for the share beyond it, so that the clip norm moves the wrong way."""
 
-    def rule(clip_norm: float, below: int) -> float:
-        return clip_norm * math.exp(-CLIP_RATE * ((units - below) / units - CLIP_QUANTILE))
+    def release(
+        self, total: NDArray[np.floating[Any]], *, clip: float, stream: NoiseStream
+    ) -> tuple[NDArray[np.float32], float]:
+        mean, following = super().release(total, clip=clip, stream=stream)
+        return mean, min(max(clip * clip / following, LEAST_CLIP), MOST_CLIP)
 
-    return rule
 
-
-def mutants() -> tuple[Training, ...]:
+def mutants() -> tuple[Subject, ...]:
     """Every mutant as a subject."""
     return (
         Training(name="no noise", step=unsafe_no_noise),
@@ -118,7 +114,7 @@ def mutants() -> tuple[Training, ...]:
         Training(name="accountant made anew", claim=unsafe_last_round),
         Training(name="shuffled, not Poisson", step=UnsafeShuffledBatches()),
         Training(name="rate and divisor from data", step=unsafe_size_from_data),
-        Training(name="inverted adaptive sign", rule=unsafe_inverted_rule),
+        AdaptiveClients(name="inverted adaptive sign", mechanism=MutantInvertedSign),
         Training(name="no release without rows", step=unsafe_skip_empty),
         Training(name="noise that repeats", step=unsafe_repeated_noise),
     )
@@ -131,15 +127,26 @@ def _plan(task: StepTask) -> RecordingPlan:
 
 
 def _drawn(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> tuple[Tensor, Tensor]:
-    net.load_state_dict(unflatten(task.weights, net.state_dict()))
-    chosen = torch.from_numpy(_plan(task).sample(len(table), stream))
-    return torch.from_numpy(table.features)[chosen], torch.from_numpy(table.labels)[chosen]
+    return _rows(task, net, table, _plan(task).sample(len(table), stream, step=task.round))
 
 
-def _plain_sum(net: nn.Module, x: Tensor, y: Tensor) -> NDArray[np.float32]:
-    names = [name for name, _ in net.named_parameters()]
-    gradients = torch.autograd.grad(logistic_loss(net(x), y).sum(), list(net.parameters()))
-    return flatten(dict(zip(names, gradients, strict=True)))
+def _rows(task: StepTask, net: nn.Module, table: Table, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    net.double().load_state_dict(unflatten(task.weights, net.state_dict()))
+    places = torch.from_numpy(chosen)
+    return torch.from_numpy(table.features)[places].double(), torch.from_numpy(table.labels)[places].double()
+
+
+def _clipped_sum(plan: PrivacyPlan, net: nn.Module, x: Tensor, y: Tensor) -> Floats:
+    return _flat(clipped_gradient(net, logistic_loss, x, y, clip_norm=plan.clip_norm).values())
+
+
+def _plain_sum(net: nn.Module, x: Tensor, y: Tensor) -> Floats:
+    return _flat(torch.autograd.grad(logistic_loss(net(x), y).sum(), list(net.parameters())))
+
+
+def _flat(tensors: Iterable[Tensor]) -> Floats:
+    vector: Floats = torch.cat([tensor.reshape(-1) for tensor in tensors]).numpy()
+    return vector
 
 
 def _reply(gradient: NDArray[np.float32], stream: NoiseStream) -> StepReply:

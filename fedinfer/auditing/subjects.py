@@ -5,6 +5,7 @@ who writes rows and, as the server, sends the weights; it then sees what an adve
 the same code path, the sum to which the noise was added (`before`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self
@@ -15,12 +16,16 @@ from torch import nn
 
 from fedinfer.data import Table
 from fedinfer.models import ModelSpec, build
-from fedinfer.privacy import NoiseStream, PrivacyPlan
+from fedinfer.privacy import NoiseStream, Poisson, PrivacyPlan
 from fedinfer.privacy.audit_clipping import ClipRule
+from fedinfer.privacy.clipping import AdaptiveClip, clipped_sum
+from fedinfer.privacy.plan import Unit
 from fedinfer.training import StepReply, StepTask, private_step
 
 Floats = NDArray[np.float64]
 Step = Callable[[StepTask, nn.Module, Table, NoiseStream], StepReply]
+# Of the number of clients within an adaptive clip, as a multiple of the plan's noise multiplier.
+COUNT_NOISE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,36 +48,44 @@ class Units:
 class Trace:
     """One run of a plan: for each step the sum before noise and what was released times the plan's divisor, (T, d).
 
-    d may be larger than the units' rows: a model may have other parameters after those. `claimed` is the ε that the
-    subject itself states after the run, and None where it states none.
+    d may be larger than the units' rows: a model may have other parameters after those. `sigma` is the noise that the
+    subject declares on such a sum, and `claimed` the ε that it states after the run.
     """
 
     before: Floats = field(repr=False)
     released: Floats = field(repr=False)
-    claimed: float | None
+    sigma: float
+    claimed: float
 
     @property
     def noise(self) -> Floats:
         return self.released - self.before
+
+    def along(self, directions: Floats) -> Floats:
+        """What was released in each canary's direction, (T, canaries)."""
+        products: Floats = self.released[:, : directions.shape[1]] @ directions.T
+        return products
 
 
 class Subject(Protocol):
     """Something under audit.
 
     `fixed_units`: the number of units is public, so that neighbours have as many. `sampled`: amplification is claimed
-    for a Poisson sample of the units in each step.
+    for a Poisson sample of the units in each step. `slow`: each unit costs a message in each step.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def unit(self) -> str: ...
+    def unit(self) -> Unit: ...
     @property
     def fixed_units(self) -> bool: ...
     @property
     def sampled(self) -> bool: ...
+    @property
+    def slow(self) -> bool: ...
     def run(self, units: Units, plan: PrivacyPlan, stream: NoiseStream) -> Trace: ...
-    def clip_rule(self, units: int) -> ClipRule | None: ...
+    def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +117,12 @@ class Training:
     """
 
     name: str = "fedinfer"
-    unit: str = "example"
+    unit: Unit = "example"
     fixed_units: bool = False
     sampled: bool = True
+    slow: bool = False
     step: Step = private_step
     claim: Callable[[PrivacyPlan], float] = whole_plan
-    rule: Callable[[int], ClipRule] | None = None
 
     def run(self, units: Units, plan: PrivacyPlan, stream: NoiseStream) -> Trace:
         recording = RecordingPlan.recording(plan)
@@ -122,7 +135,100 @@ class Training:
         for number in range(1, plan.steps + 1):
             task = StepTask(run="audit", round=number, spec=spec, schema_digest="", weights=weights, plan=recording)
             released.append(self.step(task, net, table, stream).gradient.astype(np.float64) * plan.divisor)
-        return Trace(before=np.stack(recording.seen), released=np.stack(released), claimed=self.claim(plan))
+        return Trace(
+            before=np.stack(recording.seen),
+            released=np.stack(released),
+            sigma=plan.noise_multiplier * plan.clip_norm,
+            claimed=self.claim(plan),
+        )
 
-    def clip_rule(self, units: int) -> ClipRule | None:
-        return None if self.rule is None else self.rule(units)
+    def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdates:
+    """Our sum of whole client updates, clipped to a fixed norm."""
+
+    name: str = "fedinfer, clients"
+    unit: Unit = "client"
+    fixed_units: bool = False
+    sampled: bool = False
+    slow: bool = False
+
+    def run(self, units: Units, plan: PrivacyPlan, stream: NoiseStream) -> Trace:
+        recording = RecordingPlan.recording(plan)
+        released = []
+        for _ in range(plan.steps):
+            total = clipped_sum(units.rows, size=units.rows.shape[1], clip_norm=plan.clip_norm).total
+            released.append(recording.release(total, stream).astype(np.float64) * plan.divisor)
+        return Trace(
+            before=np.stack(recording.seen),
+            released=np.stack(released),
+            sigma=plan.noise_multiplier * plan.clip_norm,
+            claimed=plan.epsilon(),
+        )
+
+    def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveClients:
+    """Our sum of client updates whose clip norm follows a quantile; sums are as the mechanism scales them.
+
+    What is seen of the last coordinate, the noisy share of clients within the clip, is the next clip norm.
+    """
+
+    name: str = "fedinfer, clients, adaptive clip"
+    unit: Unit = "client"
+    fixed_units: bool = False
+    sampled: bool = False
+    slow: bool = False
+    mechanism: type[AdaptiveClip] = AdaptiveClip
+
+    def run(self, units: Units, plan: PrivacyPlan, stream: NoiseStream) -> Trace:
+        recording = RecordingPlan.recording(plan)
+        adaptive = self.mechanism(plan=recording, count_noise=COUNT_NOISE * plan.noise_multiplier)
+        scale = adaptive.contribution(np.ones(1, np.float32), clip=1.0).astype(np.float64)
+        clip, released = plan.clip_norm, []
+        for _ in range(plan.steps):
+            total = np.zeros(units.rows.shape[1] + 1)
+            for row in units.rows:
+                total += adaptive.contribution(row, clip=clip)
+            mean, following = adaptive.release(total, clip=clip, stream=stream)
+            within = adaptive.target_quantile - math.log(following / clip) / adaptive.learning_rate
+            update = mean.astype(np.float64) * scale[0] / clip
+            released.append(np.append(update, 2.0 * scale[1] * (within - 0.5)) * plan.divisor)
+            clip = following
+        return Trace(
+            before=np.stack(recording.seen),
+            released=np.stack(released),
+            sigma=plan.noise_multiplier * plan.clip_norm,
+            claimed=adaptive.epsilon(),
+        )
+
+    def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
+        """The rule as it runs, with noise that is small beside `units`."""
+        plan = PrivacyPlan(
+            unit="client",
+            clip_norm=1.0,
+            noise_multiplier=units / 200,
+            sampler=Poisson(rate=1.0),
+            delta=1e-5,
+            steps=1,
+            divisor=float(units),
+        )
+        adaptive = self.mechanism(plan=plan, count_noise=COUNT_NOISE * plan.noise_multiplier)
+
+        def rule(clip_norm: float, below: int) -> float:
+            small = adaptive.contribution(np.zeros(1, np.float32), clip=clip_norm).astype(np.float64)
+            large = adaptive.contribution(np.full(1, 2.0 * clip_norm, np.float32), clip=clip_norm).astype(np.float64)
+            return adaptive.release(below * small + (units - below) * large, clip=clip_norm, stream=stream)[1]
+
+        return rule
+
+
+def ours() -> tuple[Subject, ...]:
+    """Our mechanisms as subjects."""
+    return Training(), ClientUpdates(), AdaptiveClients()

@@ -248,6 +248,22 @@ def ask(
     ask_rows(url, rows, out=out, schema_path=schema, as_json=json)
 
 
+@app.command(epilog="Example:  fedinfer audit --quick --mutants")
+def audit(
+    target: Annotated[str, typer.Option(help="What to audit: ours, opacus, flower or all.")] = "ours",
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="Audit versions of ours with a mistake each, which must all fail.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer runs: at most a minute for one target.")] = False,
+    json: Json = False,
+) -> None:
+    """Try to prove that training leaks more than it states: lower bounds on ε, and what they are gained from."""
+    from fedinfer.cli.audit import audit_targets
+
+    if not audit_targets(target, with_mutants=mutants, quick=quick, as_json=json):
+        raise typer.Exit(1)
+
+
 LedgerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A ledger file.")]
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, log_ndtr, ndtri
+from scipy.special import betaincinv, ndtri
 from scipy.stats import binom
 
 from fedinfer.errors import BadUsage
+from fedinfer.privacy.accounting import gaussian_epsilon
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -144,23 +145,6 @@ class Guesses:
         steps = np.arange(1, self.right + 1)
         slope = float(np.max((at_least[1:] - at_least[0]) / steps)) if len(steps) else 0.0
         return min(1.0, float(at_least[0]) + 2.0 * self.canaries * delta * slope)
-
-
-def gaussian_epsilon(*, mu: float, delta: float) -> float:
-    """The least ε at `delta` of a Gaussian mechanism whose sensitivity is `mu` standard deviations.
-
-    Reference: Balle and Wang 2018, arXiv:1805.06530, theorem 8.
-    """
-
-    def spent(epsilon: float) -> float:
-        first, second = float(log_ndtr(mu / 2 - epsilon / mu)), float(log_ndtr(-mu / 2 - epsilon / mu))
-        return math.exp(first) * -math.expm1(min(0.0, epsilon + second - first))
-
-    low, high = 0.0, mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
-    while high - low > 1e-9 * max(high, 1e-9):
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if spent(middle) > delta else (low, middle)
-    return low
 
 
 def _upper(counts: Counts, runs: int, error: float) -> Floats:
