@@ -17,7 +17,7 @@ LAYERS = (
     ("evaluating",),
     ("flower",),
     ("simulation",),
-    ("report",),
+    ("auditing", "report"),
     ("clients", "server"),
     ("cli",),
     ("experiments",),
@@ -25,9 +25,9 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("encrypted", "models"), ("inference", "models")}
 OWNERS = {
-    "flwr": {"flower", "simulation", "server", "clients/app.py", "cli/train.py"},
+    "flwr": {"auditing/flower_peer.py", "flower", "simulation", "server", "clients/app.py", "cli/train.py"},
     "tenseal": {"encrypted/seal.py"},
-    "opacus": set(),
+    "opacus": {"auditing/opacus_peer.py"},
     "dp_accounting": {"privacy/accounting.py"},
     "sqlite3": {"privacy/ledger_store.py"},
 }
