@@ -10,7 +10,7 @@ Trusted: the device and its operating system's randomness. All fields are public
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -91,13 +91,13 @@ class EvaluationRelease:
 
         Raises: BadUsage for a missing or unknown field, or one that cannot be.
         """
-        own = {name: value for name, value in fields.items() if name not in ("mechanism", "relation")}
+        own = {name: value for name, value in fields.items() if name not in ("mechanism", "unit", "relation")}
         try:
             release = cls(**own)
         except TypeError as error:
             raise BadUsage(f"evaluation: {error}") from None
         if release.to_json() != dict(fields):
-            raise BadUsage("evaluation: got another mechanism or relation than the one that these fields describe")
+            raise BadUsage("evaluation: got another mechanism, unit or relation than these fields describe")
         return release
 
     @property
@@ -158,16 +158,9 @@ class EvaluationRelease:
         return self._mu()
 
     def to_json(self) -> dict[str, Any]:
-        """The public fields, with the names of mechanism and relation."""
-        return {
-            "mechanism": "discrete Gaussian of a histogram of scores and a sum of losses",
-            "relation": "add or remove one",
-            "bins": self.bins,
-            "loss_bound": self.loss_bound,
-            "sigma": self.sigma,
-            "delta": self.delta,
-            "steps": self.steps,
-        }
+        """The public fields, with the names of mechanism, unit and relation."""
+        mechanism = "discrete Gaussian of a histogram of scores and a sum of losses"
+        return {"mechanism": mechanism, "unit": "example", "relation": "add or remove one", **asdict(self)}
 
     def digest(self) -> str:
         """SHA-256 of the fields."""

@@ -8,7 +8,7 @@ Metrics are releases like any other: what is not named here (a shape, an error, 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -101,9 +101,10 @@ class HistogramRelease:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """The public fields, with the names of mechanism and relation."""
+        """The public fields, with the names of mechanism, unit and relation."""
         return {
             "mechanism": f"{self.noise.law} of a histogram",
+            "unit": "example",
             "relation": RELATION,
             "bins": self.bins,
             "noise": noise_json(self.noise),
@@ -256,17 +257,9 @@ class ScalarRelease:
         return self._mu()
 
     def to_json(self) -> dict[str, Any]:
-        """The public fields, with the names of mechanism and relation."""
-        return {
-            "mechanism": "discrete Gaussian of a clipped sum and a count",
-            "relation": RELATION,
-            "low": self.low,
-            "high": self.high,
-            "default": self.default,
-            "sigma": self.sigma,
-            "delta": self.delta,
-            "steps": self.steps,
-        }
+        """The public fields, with the names of mechanism, unit and relation."""
+        mechanism = "discrete Gaussian of a clipped sum and a count"
+        return {"mechanism": mechanism, "unit": "example", "relation": RELATION, **asdict(self)}
 
     def digest(self) -> str:
         """SHA-256 of the fields."""

@@ -194,6 +194,26 @@ def test_the_tail_is_drawn_and_never_overflows() -> None:
     assert kept.all()
 
 
+@pytest.mark.parametrize("law", [(Fraction(1, 2), 2), (Fraction(1, 200), 2), (Fraction(1, 4), 1)])
+def test_the_tail_has_the_law_too(law: tuple[Fraction, int]) -> None:
+    """Proposals of the tail alone: what is kept of them, and how many, as the law has it."""
+    steps, count = discrete._steps(*law), 20_000
+    words = np.random.default_rng(0).integers(0, 2**64, (count, 2), np.uint64)
+    words[:, 0] |= np.uint64(discrete.ENTRIES - 1)
+    x, kept = discrete._decide(steps, words, insecure_seeded_noise("tail law"), 0)
+    # A proposal of this entry is kept at x with this probability: scale · exp(-exponent) is spread over two signs,
+    # the places of a block and the tail's entries.
+    chance = steps.scale / (2 * int(steps.weights[-1]) << steps.shift)
+    law_of_tail = {y: chance * math.exp(-float(steps.exponent(y))) for y in range(steps.tail_start, 400)}
+    law_of_tail |= {-1 - y: chance * math.exp(-float(steps.exponent(-1 - y))) for y in law_of_tail}
+    often = {y: p * count for y, p in law_of_tail.items() if p * count >= 10}
+    got = [int((kept & (x == y)).sum()) for y in often]
+    got.append(count - sum(got))
+    means = [*often.values(), count - sum(often.values())]
+    assert len(often) >= 2
+    assert stats.chisquare(got, means).pvalue > FALSE_ALARM
+
+
 @settings(deadline=None, max_examples=200)
 @given(exponent=st.fractions(0, 200, max_denominator=10**9), bits=st.sampled_from([64, 128, 256]))
 def test_exp_bounds_enclose(exponent: Fraction, bits: int) -> None:

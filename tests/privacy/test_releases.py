@@ -3,6 +3,7 @@
 import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,16 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedinfer.errors import BadUsage, ShapeMismatch
+from fedinfer.errors import BadUsage, BudgetExceeded, ShapeMismatch
 from fedinfer.privacy.accounting import gaussian_epsilon
+from fedinfer.privacy.evaluation import EvaluationRelease
+from fedinfer.privacy.filters import FilterName
 from fedinfer.privacy.integer_noise import CELLS, Gaussian, Laplace, fine_epsilon, whole_delta, whole_epsilon
+from fedinfer.privacy.ledger import PrivacyLedger
+from fedinfer.privacy.local import LocalVector, RandomisedResponse
 from fedinfer.privacy.noise import insecure_seeded_noise
 from fedinfer.privacy.releases import CountRelease, HistogramRelease, ScalarRelease
+from fedinfer.privacy.votes import ConfidentVotes
 
 COUNT = CountRelease(noise=Gaussian(sigma=3.0), delta=1e-6, steps=2)
 HISTOGRAM = HistogramRelease(bins=5, noise=Gaussian(sigma=3.0), delta=1e-6)
@@ -209,3 +215,23 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(BadUsage, match="got"):
             make()
+
+
+@pytest.mark.parametrize("name", ["basic", "renyi"])
+def test_a_ledger_charges_each_kind(name: FilterName, tmp_path: Path) -> None:
+    pure = CountRelease.calibrate(epsilon=0.5, delta=0.0)
+    evaluation = EvaluationRelease.calibrate(epsilon=0.5, delta=1e-7, loss_bound=4.0)
+    answer = RandomisedResponse.calibrate(epsilon=0.5, categories=3)
+    vector = LocalVector.calibrate(epsilon=0.5, delta=1e-7, dimension=3, clip_norm=1.0)
+    votes = ConfidentVotes.calibrate(epsilon=0.5, delta=1e-7, classes=3, threshold=5.0, queries=10, answers=5)
+    for unit, charges in (
+        ("example", (pure, COUNT, HISTOGRAM, SCALAR, evaluation)),
+        ("client", (answer, vector, votes)),
+    ):
+        with PrivacyLedger.create(tmp_path / unit, epsilon=20.0, delta=1e-4, filter=name) as ledger:
+            for charge in charges:
+                for number in range(charge.steps):
+                    ledger.reserve(run=charge.digest(), round=number + 1, plan=charge)
+                with pytest.raises(BudgetExceeded):
+                    ledger.reserve(run=charge.digest(), round=charge.steps + 1, plan=charge)
+            assert len(ledger.summary().runs) == len(charges)
