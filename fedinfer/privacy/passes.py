@@ -19,6 +19,7 @@ from fedinfer.privacy.structure import Structure
 from fedinfer.privacy.uses import Use, combined
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+GOLDEN = 0.6180339887498949
 # The state of each model when its examples were found to be apart.
 _APART: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
 
@@ -58,7 +59,9 @@ def uses_by_name(
     if any(outside is not None for outside in found[len(seen) :]) or not all(run.unchanged() for run in runs):
         return None
     if unsure:
-        weights = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
+        # Powers of two, which scale a backward pass without rounding; in no order that a layer would move rows in.
+        places = torch.arange(len(losses), dtype=torch.float64) * GOLDEN
+        weights = torch.exp2((places.frac() * 8).floor()).to(losses)
         again = torch.autograd.grad(losses, seen, weights, allow_unused=True)
         axes = [run.batch_axis for run in runs] + [0] * len(watched)
         if not all(_is_scaled(*each, weights) for each in zip(flows, again, axes, strict=True)):

@@ -1,124 +1,327 @@
-"""Clipped gradients equal a plain loop over examples, and no example counts for more than its clip."""
+"""Clipped gradients equal a plain loop over examples and Opacus, whatever layers the model is made of."""
 
 import math
+import warnings
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from opacus import GradSampleModule
+from opacus.layers import DPGRU, DPLSTM
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fedinfer.errors import BadUsage
-from fedinfer.models import ModelSpec, build
-from fedinfer.privacy import clipped_gradient
+from fedinfer.privacy import bookkeeping, clipped_gradient
 from fedinfer.privacy.bookkeeping import MARGIN
-from fedinfer.training import logistic_loss
+
+Inputs = Tensor | tuple[Tensor, ...]
+EXAMPLES = 11
 
 
-def loop(model: nn.Module, x: Tensor, y: Tensor, clip: float) -> dict[str, Tensor]:
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(output, target, reduction="none")
+
+
+def taken(x: Inputs, rows: slice) -> tuple[Tensor, ...]:
+    return tuple(each[rows] for each in (x if isinstance(x, tuple) else (x,)))
+
+
+def loop(model: nn.Module, x: Inputs, y: Tensor, clip: float) -> dict[str, Tensor]:
     """The definition: one example after another."""
-    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
-    for one_x, one_y in zip(x, y, strict=True):
-        model.zero_grad()
-        logistic_loss(model(one_x[None]), one_y[None]).sum().backward()
-        grads = {name: model.get_parameter(name).grad.clone() for name in sums}
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p) for name, p in trained.items()}
+    for index in range(len(y)):
+        one = slice(index, index + 1)
+        grads = torch.autograd.grad(
+            loss(model(*taken(x, one)), y[one]).sum(), list(trained.values()), allow_unused=True, materialize_grads=True
+        )
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
         if math.isfinite(norm):
-            for name, g in grads.items():
+            for name, g in zip(trained, grads, strict=True):
                 sums[name] += g * min(1.0, MARGIN * clip / max(norm, 1e-300))
     return sums
 
 
-def data(rows: int, inputs: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=generator, dtype=dtype) * 2
-    return x, (torch.rand(rows, generator=generator) > 0.5).to(dtype)
+class Recurrent(nn.Module):
+    """Takes what a GRU or LSTM made of (B, T, 4): its last output, its last state, or all its outputs."""
+
+    def __init__(self, rnn: nn.GRU | nn.LSTM, take: str) -> None:
+        super().__init__()
+        self.rnn, self.take = rnn, take
+        self.head = nn.Linear(rnn.hidden_size * (1 + rnn.bidirectional), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, state = self.rnn(x if self.rnn.batch_first else x.transpose(0, 1))
+        if not self.rnn.batch_first:
+            output = output.transpose(0, 1)
+        if self.take == "outputs":
+            return self.head(output.tanh()).mean(1)
+        if self.take == "last":
+            return self.head(output[:, -1])
+        last = state if isinstance(state, Tensor) else state[0] * state[1]
+        return self.head(torch.cat(list(last[-1 - self.rnn.bidirectional :]), -1))
 
 
-def models(dtype: torch.dtype) -> dict[str, nn.Module]:
+class FirstStates(nn.Module):
+    """A GRU and an LSTM whose first states come from a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gru, self.lstm = nn.Linear(4, 5), nn.GRU(4, 5), nn.LSTM(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x.mean(1))[None]
+        output, last = self.gru(x.transpose(0, 1), hx=first)
+        return self.head(self.lstm(output, (first.tanh(), last))[0][-1])
+
+
+class Words(nn.Module):
+    def __init__(self, padding: int | None = None, *, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5, padding_idx=padding)
+        self.head = nn.Linear(5, 7, bias=not tied)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embedding(x).tanh().mean(1))
+
+
+class Cell(nn.Module):
+    """A recurrent network by hand: two linear layers that are called in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.states, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 6)
+        for step in range(x.shape[1]):
+            state = torch.tanh(self.inputs(x[:, step]) + self.states(input=state))
+        return self.head(state)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 5), nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head((self.a(a).mean(1) + self.b(b)).tanh())
+
+
+class Unused(nn.Module):
+    """A parameter that the loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.spare(x)
+        return self.used(x)
+
+
+def rows(count: int) -> Tensor:
+    return torch.randn(count, 4) * 2
+
+
+def sequences(count: int) -> Tensor:
+    return torch.randn(count, 8, 4)
+
+
+def signals(count: int) -> Tensor:
+    return torch.randn(count, 4, 11)
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 4, 9, 8)
+
+
+def words(count: int) -> Tensor:
+    return torch.randint(0, 7, (count, 9))
+
+
+def pairs(count: int) -> tuple[Tensor, ...]:
+    return sequences(count), torch.randn(count, 3)
+
+
+def frozen(model: nn.Sequential, *names: str) -> nn.Sequential:
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def shared() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 3))
+
+
+def after(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+
+
+PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
+    "linear": (lambda: nn.Linear(4, 3), rows),
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3, bias=False)), rows),
+    "frozen": (
+        lambda: frozen(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), "0.weight", "2.bias"),
+        rows,
+    ),
+    "used twice": (shared, rows),
+    "not used": (Unused, rows),
+    "linear over steps, gradients kept": (lambda: after(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), sequences),
+    "linear over steps, gradients in parts": (lambda: after(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 20)), sequences),
+    "linear over steps, Gram": (
+        lambda: nn.Sequential(nn.Linear(4, 90), nn.Tanh(), nn.Linear(90, 90), nn.Flatten(), nn.Linear(720, 3)),
+        sequences,
+    ),
+    "two inputs": (TwoInputs, pairs),
+    "called in every step": (Cell, sequences),
+    "embedding": (Words, words),
+    "embedding with padding": (lambda: Words(2), words),
+    "embedding tied to a linear layer": (lambda: Words(tied=True), words),
+    "group norm": (lambda: after(nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6)), images),
+    "group norm, not affine": (lambda: after(nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6, affine=False)), images),
+    "group norm of rows": (lambda: after(nn.GroupNorm(2, 4)), rows),
+    "layer norm": (
+        lambda: after(nn.Linear(4, 6), nn.LayerNorm(6), nn.Flatten(), nn.LayerNorm(48, bias=False)),
+        sequences,
+    ),
+    "layer norm of two axes": (lambda: after(nn.LayerNorm((8, 4))), sequences),
+    "layer norm, not affine": (lambda: after(nn.Linear(4, 6), nn.LayerNorm(6, elementwise_affine=False)), sequences),
+    "first states": (FirstStates, sequences),
+}
+CONVOLUTIONS: dict[str, dict[str, object]] = {
+    "plain": {"kernel_size": 3},
+    "strided": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "dilated": {"kernel_size": 2, "dilation": 2, "padding": 2},
+    "grouped": {"kernel_size": 3, "groups": 2, "stride": 2},
+    "depthwise": {"kernel_size": 3, "groups": 4},
+    "same, odd": {"kernel_size": 3, "padding": "same", "dilation": 2},
+    "same, even": {"kernel_size": 4, "padding": "same"},
+    "valid": {"kernel_size": 2, "padding": "valid"},
+    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "circular": {"kernel_size": 3, "padding": 2, "padding_mode": "circular", "bias": False},
+    "replicate": {"kernel_size": 4, "padding": "same", "padding_mode": "replicate"},
+    "whole": {"kernel_size": 8},
+}
+for _name, _options in CONVOLUTIONS.items():
+    PLAIN[f"conv1d, {_name}"] = (lambda options=_options: after(nn.Conv1d(4, 8, **options)), signals)
+    PLAIN[f"conv2d, {_name}"] = (lambda options=_options: after(nn.Conv2d(4, 8, **options)), images)
+PLAIN["conv2d, uneven"] = (
+    lambda: after(nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1))),
+    images,
+)
+PLAIN["conv2d, many outputs"] = (lambda: after(nn.Conv2d(4, 60, 4, stride=3)), images)
+for _kind in (nn.GRU, nn.LSTM):
+    for _take in ("last", "state", "outputs"):
+        for _title, _made in {
+            "batch first": {"batch_first": True},
+            "time first, no bias": {"bias": False},
+            "two layers, both ways": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+        }.items():
+            PLAIN[f"{_kind.__name__}, {_title}, {_take}"] = (
+                lambda kind=_kind, take=_take, made=_made: Recurrent(kind(4, 5, **made), take),
+                sequences,
+            )
+
+
+def prepared(name: str, dtype: torch.dtype, count: int) -> tuple[nn.Module, Inputs, Tensor]:
     torch.manual_seed(0)
-    shared = nn.Linear(6, 6)
-    frozen = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
-    frozen[0].weight.requires_grad_(False)
-    named = {
-        "logistic": nn.Sequential(nn.Linear(6, 1)),
-        "mlp": build(ModelSpec(family="mlp", inputs=6), seed=1),
-        "no bias": nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 1)),
-        "frozen weight": frozen,
-        "layer used twice": nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(6, 1)),
-        "layer norm": nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 1)),
-    }
-    return {name: model.to(dtype) for name, model in named.items()}
+    build, draw = PLAIN[name]
+    model, x, y = build(), draw(EXAMPLES), torch.randint(0, 3, (EXAMPLES,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(*taken(x, slice(None)))
+    cast = tuple(each.to(dtype) if each.is_floating_point() else each for each in taken(x, slice(count)))
+    return model.to(dtype), cast if isinstance(x, tuple) else cast[0], y[:count]
 
 
+@pytest.fixture
+def only_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower ways are right for any model: here they would hide what is tested."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("expected one forward and one backward pass")
+
+    monkeypatch.setattr(bookkeeping, "per_example_gradients", refuse)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.usefixtures("only_two_passes")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("name", models(torch.float32))
-@pytest.mark.parametrize("rows", [0, 1, 17])
-def test_equals_a_loop_over_examples(name: str, rows: int, dtype: torch.dtype, tolerance: float) -> None:
-    model = models(dtype)[name]
-    x, y = data(rows, 6, dtype)
-    for clip in (0.1, 1.0, 1e6):
-        got, expected = clipped_gradient(model, logistic_loss, x, y, clip_norm=clip), loop(model, x, y, clip)
-        assert set(got) == set(expected)
-        for key, tensor in expected.items():
-            # A sum of `rows` clipped terms may cancel: its rounding goes with the terms, not with what is left.
-            scale = float(tensor.norm()) + rows * min(clip, 1.0)
-            assert float((got[key] - tensor).norm()) <= tolerance * scale
+@pytest.mark.parametrize("name", PLAIN)
+def test_equals_a_loop_over_examples(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    for count in (EXAMPLES, 1):
+        model, x, y = prepared(name, dtype, count)
+        for clip in (0.1, 1e6):
+            expected = loop(model, x, y, clip)
+            # The first call looks whether examples mix, the second knows.
+            for _ in range(2):
+                got = clipped_gradient(model, loss, x, y, clip_norm=clip)
+                assert list(got) == list(expected)
+                for key, tensor in expected.items():
+                    assert got[key].shape == tensor.shape
+                    assert got[key].dtype is dtype
+                    assert float((got[key] - tensor).norm()) <= tolerance * float(tensor.norm())
 
 
-def test_equals_opacus() -> None:
-    model = models(torch.float64)["mlp"]
-    x, y = data(31, 6)
-    ours = clipped_gradient(model, logistic_loss, x, y, clip_norm=0.5)
-    theirs = GradSampleModule(models(torch.float64)["mlp"])
-    logistic_loss(theirs(x.clone().requires_grad_()), y).mean().backward()
-    samples = {name.removeprefix("_module."): p.grad_sample for name, p in theirs.named_parameters()}
-    norms = torch.stack([g.reshape(31, -1).norm(dim=1) for g in samples.values()]).norm(dim=0)
-    factors = (MARGIN * 0.5 / norms).clamp(max=1.0)
-    for name, g in samples.items():
-        expected = torch.tensordot(factors, g, dims=1)
-        assert float((ours[name] - expected).norm() / expected.norm()) < 1e-12
-    assert ours.below_clip == int((factors >= 1).sum())
+@pytest.mark.parametrize("name", PLAIN)
+def test_no_examples_give_zeros(name: str) -> None:
+    model, x, y = prepared(name, torch.float32, 0)
+    got = clipped_gradient(model, loss, x, y, clip_norm=1.0)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert {key: tensor.shape for key, tensor in got.items()} == {key: p.shape for key, p in trained.items()}
+    assert not any(tensor.any() for tensor in got.values())
+    assert (got.below_clip, got.nonfinite) == (0, 0)
 
 
-@settings(max_examples=60)
-@given(st.integers(1, 12), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sampled_from(["logistic", "mlp"]))
-def test_one_example_changes_the_result_by_at_most_clip_norm(rows: int, clip: float, size: float, name: str) -> None:
-    model = models(torch.float32)[name]
-    x, y = data(rows, 6, torch.float32, seed=rows)
-    x[-1] *= size
-    whole = clipped_gradient(model, logistic_loss, x, y, clip_norm=clip)
-    without = clipped_gradient(model, logistic_loss, x[:-1], y[:-1], clip_norm=clip)
-    moved = math.sqrt(sum(float((whole[key] - without[key]).double().square().sum()) for key in whole))
-    # What float32 rounding of a sum of `rows` terms may add has nothing to do with the example.
-    assert moved <= clip * (1 + 1e-6 * rows)
+def opacus_sums(model: nn.Module, x: Inputs, y: Tensor, clip: float) -> tuple[dict[str, Tensor], int]:
+    """What Opacus' hooks make of each example, clipped as here, and how many were below the clip."""
+    whole = GradSampleModule(model)
+    inputs = [each.clone().requires_grad_() if each.is_floating_point() else each for each in taken(x, slice(None))]
+    loss(whole(*inputs), y).mean().backward()
+    samples = {key.removeprefix("_module."): p.grad_sample for key, p in whole.named_parameters() if p.requires_grad}
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in samples.values()]).norm(dim=0)
+    factors = (MARGIN * clip / norms).clamp(max=1.0)
+    return {key: torch.tensordot(factors, g, dims=1) for key, g in samples.items()}, int((factors >= 1).sum())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("name", ["mlp", "layer norm"])
-def test_an_example_that_is_not_finite_contributes_zero(value: float, name: str) -> None:
-    model = models(torch.float32)[name]
-    x, y = data(5, 6, torch.float32)
-    poisoned = x.clone()
-    poisoned[2] = value
-    got = clipped_gradient(model, logistic_loss, poisoned, y, clip_norm=1.0)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in got.values())
-    if got.nonfinite:
-        keep = [0, 1, 3, 4]
-        expected = clipped_gradient(model, logistic_loss, x[keep], y[keep], clip_norm=1.0)
-        assert all(torch.allclose(got[key], expected[key], atol=1e-6) for key in got)
-    assert got.nonfinite == 1 or value == 1e30
-
-
-def test_layers_that_mix_examples_are_refused_by_name() -> None:
-    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    with pytest.raises(BadUsage, match="layer '1': got BatchNorm1d, which mixes examples; use GroupNorm or LayerNorm"):
-        clipped_gradient(model, logistic_loss, *data(4, 6, torch.float32), clip_norm=1.0)
-
-
-def test_counts_are_not_shown() -> None:
-    got = clipped_gradient(models(torch.float32)["mlp"], logistic_loss, *data(4, 6, torch.float32), clip_norm=1.0)
-    assert repr(got) == "ClippedGradient()"
-    assert np.isfinite(got.below_clip)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("only_two_passes")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "used twice",
+        "linear over steps, Gram",
+        "two inputs",
+        "embedding",
+        "group norm",
+        "layer norm of two axes",
+        "conv1d, dilated",
+        "conv2d, grouped",
+        "conv2d, strided",
+        "conv2d, uneven",
+        "GRU, two layers, both ways, outputs",
+        "LSTM, two layers, both ways, last",
+    ],
+)
+def test_equals_opacus(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, x, y = prepared(name, dtype, EXAMPLES)
+    got = clipped_gradient(model, loss, x, y, clip_norm=0.5)
+    # Theirs is of the same numbers in float64: what float32 costs them is not the question.
+    model, x, y = prepared(name, torch.float64, EXAMPLES)
+    if isinstance(model, Recurrent):
+        kind = DPGRU if isinstance(model.rnn, nn.GRU) else DPLSTM
+        theirs = kind(4, 5, num_layers=2, bidirectional=True, batch_first=True).double()
+        theirs.load_state_dict(model.rnn.state_dict())
+        model.rnn = theirs
+    expected, below = opacus_sums(model, x, y, 0.5)
+    assert set(got) == set(expected)
+    for key, tensor in got.items():
+        assert float((tensor - expected[key]).norm()) <= tolerance * float(expected[key].norm())
+    assert got.below_clip == below
