@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ ROUNDS, PERIOD = 100, 10
 CLIP, FIRST_CLIP = 0.5, 0.1
 SERVER_RATE, MOMENTUM, LOCAL_RATE, LOCAL_STEPS = 1.0, 0.9, 1.0, 2
 EPSILONS = (8.0, 4.0, 2.0, 1.0)
+NOTE = f"""δ = {DELTA:g}; unit: client; add or remove one. Outsider: sees every model, trusts the server. Server: knows
+every cohort (q = 1 for each participation) and sees noised sums only, as behind a secure sum; under Poisson
+sampling nothing but the rounds bounds a client's participations. –: nothing is claimed."""
 Step = Callable[[NDArray[np.float32], Any, NoiseStream], tuple[Vector, Any]]
 
 
@@ -245,29 +249,24 @@ def table(data: str, seeds: Sequence[int], epsilons: Sequence[float], rounds: in
     ]
 
 
+def percent(values: Sequence[float], divisor: float = 1.0) -> str:
+    """Mean in percent, ± the deviation over `divisor` where there is one."""
+    spread = f" ± {100 * float(np.std(values, ddof=1)) / divisor:.2f}" if len(values) > 1 else ""
+    return f"{100 * float(np.mean(values)):.2f}{spread}"
+
+
 def print_table(rows: Sequence[Row]) -> None:
-    """Accuracy with its deviation over divisions, and ε by who looks."""
+    """Accuracy with its deviation over divisions, ε by who looks, and what the correlation gains, paired."""
     print(f"{'':8}{'':28}{'ε outsider':>12}{'ε server':>10}{'accuracy':>16}")
     for row in rows:
-        claims = "".join(
-            f"{'–' if epsilon is None else f'{epsilon:.2f}':>{width}}"
-            for epsilon, width in ((row.outsider, 12), (row.server, 10))
-        )
-        mean, deviation = np.mean(row.accuracies), np.std(row.accuracies, ddof=min(1, len(row.accuracies) - 1))
-        print(f"{row.data:8}{row.mechanism:28}{claims}{100 * mean:9.2f} ± {100 * deviation:.2f}")
-    by_name = {(row.data, row.mechanism, row.outsider and round(row.outsider, 1)): row.accuracies for row in rows}
-    for (data, name, epsilon), accuracies in by_name.items():
-        if name == "cyclic, banded matrix":
-            gain = np.array(accuracies) - by_name[data, "cyclic, independent noise", epsilon]
-            error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
-            print(f"{data}, ε = {epsilon:g}: banded minus independent {100 * gain.mean():+.2f} ± {100 * error:.2f}")
-    print(
-        f"δ = {DELTA:g}; unit: client; add or remove one. Outsider: sees every model, trusts the server. Server: knows"
-    )
-    print(
-        "every cohort (q = 1 for each participation) and sees noised sums only, as behind a secure sum; under Poisson"
-    )
-    print("sampling nothing bounds a client's participations but the rounds. –: it must see clipped updates, no claim.")
+        outsider, server = ("–" if claim is None else f"{claim:.2f}" for claim in (row.outsider, row.server))
+        print(f"{row.data:8}{row.mechanism:28}{outsider:>12}{server:>10}{percent(row.accuracies):>16}")
+    for plain, banded in pairwise(rows):
+        if banded.mechanism == "cyclic, banded matrix":
+            gain = np.subtract(banded.accuracies, plain.accuracies)
+            paired = percent(gain.tolist(), math.sqrt(len(gain)))
+            print(f"{banded.data}, ε = {banded.outsider:.2f}: banded minus independent, ± standard error: {paired}")
+    print(NOTE)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -9,9 +9,9 @@ Reference: McMahan et al. 2018, arXiv:1710.06963 (client-level privacy); Andrew 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,10 +156,27 @@ class AdaptiveClip:
     def gdp(self) -> float | None:
         return self.plan.gdp()
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_json` back.
+
+        Raises: BadUsage for a missing or unknown field, or one that cannot be.
+        """
+        try:
+            rest = {name: value for name, value in values.items() if name not in ("mechanism", "unit", "relation")}
+            read = cls(**{**rest, "plan": PrivacyPlan.from_json(rest["plan"])})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise BadUsage(f"adaptive clip: {error}") from None
+        if read.to_json() != values:
+            raise BadUsage("adaptive clip: got another mechanism, unit or relation than its plan's")
+        return read
+
     def to_json(self) -> dict[str, Any]:
-        """The public fields as JSON values."""
+        """The public fields as JSON values, with the names of mechanism, unit and relation."""
         return {
             "mechanism": "adaptive clipping",
+            "unit": self.plan.unit,
+            "relation": self.plan.relation,
             "plan": self.plan.to_json(),
             "count_noise": self.count_noise,
             "target_quantile": self.target_quantile,

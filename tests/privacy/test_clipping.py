@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedinfer.errors import BadUsage, ShapeMismatch
-from fedinfer.privacy import PrivacyPlan, insecure_seeded_noise
+from fedinfer.privacy import PrivacyLedger, PrivacyPlan, insecure_seeded_noise
 from fedinfer.privacy.clipping import AdaptiveClip, clip_update, clipped_sum
 from fedinfer.privacy.samplers import Cyclic, Poisson
 
@@ -30,7 +30,7 @@ def norm(vector: np.ndarray) -> float:
     return math.sqrt(math.fsum(float(value) ** 2 for value in vector))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(updates, clips)
 @example(np.full(SIZE, np.float32(0.1)), norm(np.full(SIZE, np.float32(0.1))) * (1 - 1e-9))
 def test_a_clipped_norm_is_within_the_bound_and_the_direction_is_kept(update: np.ndarray, clip: float) -> None:
@@ -92,7 +92,7 @@ def test_wrong_shapes_and_clips_are_refused() -> None:
             clip_update(np.zeros(2, np.float32), clip_norm=clip)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(updates, clips, st.floats(0.76, 1e6), st.floats(0.1, 1.5), st.floats(1e-3, 1e3))
 def test_the_pair_of_update_and_bit_keeps_to_the_plans_clip_norm(
     update: np.ndarray, clip: float, count_noise: float, noise: float, bound: float
@@ -190,7 +190,7 @@ def test_an_adaptive_clip_that_cannot_be_is_refused() -> None:
             replace(ADAPTIVE, **wrong)
 
 
-def test_its_digest_sees_every_field() -> None:
+def test_it_round_trips_and_its_digest_sees_every_field() -> None:
     others = [
         replace(ADAPTIVE, count_noise=6.0),
         replace(ADAPTIVE, target_quantile=0.6),
@@ -199,4 +199,18 @@ def test_its_digest_sees_every_field() -> None:
         replace(ADAPTIVE, plan=replace(PLAN, sampler=Cyclic(period=10))),
     ]
     assert len({one.digest() for one in (ADAPTIVE, *others)}) == 6
-    assert ADAPTIVE.to_json()["plan"]["unit"] == "client"
+    values = ADAPTIVE.to_json()
+    assert AdaptiveClip.from_json(values) == ADAPTIVE
+    assert (values["unit"], values["relation"]) == ("client", "add or remove one")
+    without_plan = {name: value for name, value in values.items() if name != "plan"}
+    changed: list[dict[str, object]] = [{"unit": "example"}, {"extra": 1}, {"plan": 3}, {"count_noise": "5"}]
+    for wrong in (without_plan, *({**values, **change} for change in changed)):
+        with pytest.raises(BadUsage, match=r"adaptive clip|plan"):
+            AdaptiveClip.from_json(wrong)
+
+
+def test_a_ledger_charges_the_plan_once_for_updates_and_count() -> None:
+    with PrivacyLedger.scratch(epsilon=40.0, delta=1e-3) as ledger:
+        ledger.commit(ledger.reserve(run="r", round=1, plan=ADAPTIVE))
+        (run,) = ledger.summary().runs
+    assert (run.epsilon, run.steps) == (PLAN.epsilon(), PLAN.steps)
