@@ -33,14 +33,14 @@ def scatter(images: Tensor, *, scales: int, angles: int = 8) -> Tensor:
     Raises: BadUsage unless both sides are divisible by 2^scales.
     Reference: Bruna and Mallat 2013, section 2.
     """
-    count, height, width = images.shape
+    height, width = images.shape[1:]
     step = 2**scales
     if scales < 1 or height % step or width % step:
         raise BadUsage(f"scattering: got images of {height} by {width}, expected sides divisible by {step}")
     size = (height + 2 * step, width + 2 * step)
     wavelets = [_fourier(size, scale, angle, angles) for scale in range(scales) for angle in range(angles)]
     blur = _fourier_blur(size, SIGMA * 2 ** (scales - 1))
-    return torch.cat([_scatter(chunk, wavelets, blur, scales, angles) for chunk in images.split(CHUNK)])
+    return torch.cat([_scatter(chunk, wavelets, blur, scales, angles) for chunk in torch.split(images, CHUNK)])
 
 
 def _scatter(images: Tensor, wavelets: list[Tensor], blur: Tensor, scales: int, angles: int) -> Tensor:
@@ -48,8 +48,8 @@ def _scatter(images: Tensor, wavelets: list[Tensor], blur: Tensor, scales: int, 
     padded = functional.pad(images[:, None], (step, step, step, step), mode="reflect")[:, 0]
 
     def blurred(spectrum: Tensor) -> Tensor:
-        inside = torch.fft.ifft2(spectrum * blur).real[:, step:-step, step:-step]
-        return inside[:, ::step, ::step]
+        inside: Tensor = torch.fft.ifft2(spectrum * blur).real[:, step:-step:step, step:-step:step]
+        return inside
 
     whole = torch.fft.fft2(padded)
     zeroth, first, second = [blurred(whole)], [], []
@@ -57,13 +57,13 @@ def _scatter(images: Tensor, wavelets: list[Tensor], blur: Tensor, scales: int, 
         modulus = torch.fft.fft2(torch.fft.ifft2(whole * wavelet).abs())
         first.append(blurred(modulus))
         # Coarser wavelets only: a modulus has next to nothing at scales finer than its own.
-        for coarser in wavelets[(index // angles + 1) * angles :]:
-            second.append(blurred(torch.fft.fft2(torch.fft.ifft2(modulus * coarser).abs())))
+        later = wavelets[(index // angles + 1) * angles :]
+        second += [blurred(torch.fft.fft2(torch.fft.ifft2(modulus * one).abs())) for one in later]
     return torch.stack(zeroth + first + second, dim=1)
 
 
 def _gaussian(size: tuple[int, int], sigma: float, slant: float, angle: float, frequency: float) -> Complexes:
-    """A periodic Gaussian, narrower by `slant` across `angle`, times a wave along it; of integral 1 without the wave."""
+    """A periodic Gaussian, wider by 1 / `slant` across `angle`, times a wave along it; without it, of integral 1."""
     total = np.zeros(size, np.complex128)
     for wrap_y in (-1, 0, 1):
         for wrap_x in (-1, 0, 1):
