@@ -10,7 +10,7 @@ from fedinfer.files import replace_file
 from fedinfer.privacy.filters import FilterName
 from fedinfer.privacy.ledger import LedgerSummary, PrivacyLedger
 from fedinfer.privacy.ledger_export import check_export, export_lines
-from fedinfer.privacy.ledger_store import MAGIC
+from fedinfer.privacy.ledger_store import is_database
 
 
 def init_ledger(
@@ -66,7 +66,7 @@ def show_ledger(path: Path, *, as_json: bool) -> None:
 
 def verify_ledger(path: Path, *, head: Path | None, public_key: str | None, as_json: bool) -> None:
     """Check every entry of a ledger or an export; an error says which is not right."""
-    if _is_database(path) or not path.exists():
+    if not path.is_file() or is_database(path):
         result = _verify_database(path, head, public_key)
     elif head is not None:
         raise BadUsage(f"--head: got the export {path}, expected a ledger; an export has no head")
@@ -109,13 +109,6 @@ def _verify_database(path: Path, head: Path | None, public_key: str | None) -> d
         "public_key": summary.public_key,
         "head": summary.head,
     }
-
-
-def _is_database(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def _rule(summary: LedgerSummary) -> str:

@@ -10,7 +10,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,6 @@ from fedinfer.privacy.signing import SigningKey
 APPLICATION_ID = 0x46454449
 FORMAT = 2
 LOCK_TIMEOUT_S = 60.0
-MAGIC = b"SQLite format 3\0"
 
 TABLE = """
 CREATE TABLE entries (
@@ -92,8 +91,6 @@ class Store:
         self._name = name
         with self._speaking():
             self._connection = sqlite3.connect(name, timeout=LOCK_TIMEOUT_S, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
 
     @classmethod
     def create(cls, path: Path, first: Entry) -> None:
@@ -138,23 +135,26 @@ class Store:
                 f"ledger {path}: got no such file; the data holder makes one with "
                 "`fedinfer ledger init PATH --epsilon E --delta D`"
             )
-        with path.open("rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise LedgerError(f"ledger {path}: got a file that is not a ledger")
+        if not is_database(path):
+            raise LedgerError(f"ledger {path}: got a file that is not a ledger")
         store = cls(str(path))
-        with store._speaking():
-            (application,) = store._connection.execute("PRAGMA application_id").fetchone()
-        if application != APPLICATION_ID or not 1 <= store.format <= FORMAT:
+        if store._application != APPLICATION_ID or not 1 <= store.format <= FORMAT:
             store.close()
             raise LedgerError(
                 f"ledger {path}: got a database of another kind or format, expected ledger format {FORMAT} or older"
             )
+        store._set_up()
         return store
 
     @property
     def format(self) -> int:
         with self._speaking():
             return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    @property
+    def _application(self) -> int:
+        with self._speaking():
+            return int(self._connection.execute("PRAGMA application_id").fetchone()[0])
 
     def close(self) -> None:
         self._connection.close()
@@ -209,7 +209,13 @@ class Store:
         if integrity != "ok":
             raise LedgerError(f"ledger {self._name}: the database is damaged ({integrity})")
 
+    def _set_up(self) -> None:
+        with self._speaking():
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+
     def _lay_out(self, first: Entry) -> None:
+        self._set_up()
         with self._speaking():
             self._connection.executescript(TABLE)
             self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -224,3 +230,20 @@ class Store:
             yield
         except sqlite3.Error as error:
             raise LedgerError(f"ledger {self._name}: cannot be read or written ({error})") from None
+
+
+def is_database(path: Path) -> bool:
+    """Whether SQLite can read the file.
+
+    It is SQLite that is asked. Reading the first bytes here would end in a `close`, which takes the locks of every
+    other connection of this process from the file, and two processes would write it at once.
+    """
+    with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)) as connection:
+        try:
+            connection.execute("PRAGMA schema_version")
+        except sqlite3.OperationalError:
+            # It is one, and busy or out of reach; whoever opens it is told so.
+            return True
+        except sqlite3.DatabaseError:
+            return False
+    return True

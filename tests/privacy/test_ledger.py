@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fedinfer.cli.books import verify_ledger
 from fedinfer.errors import BadUsage, BudgetExceeded, LedgerError
 from fedinfer.privacy import Poisson, PrivacyLedger, PrivacyPlan
 from fedinfer.privacy.filters import FilterName
@@ -166,8 +167,10 @@ def test_another_database_is_refused(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE entries (x)")
     connection.close()
+    before = path.read_bytes()
     with pytest.raises(LedgerError, match="another kind or format"):
         PrivacyLedger.open(path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -396,6 +399,28 @@ def test_an_open_ledger_sees_what_others_add(path: Path) -> None:
         assert other.reserve(run="a", round=1, plan=PLAN).attempt == 2
         assert one.summary().runs[0].reserved == 2
         assert one.verify() == other.verify() == 4
+
+
+TAKE_OVER = """
+import sqlite3, sys
+try:
+    print(sqlite3.connect(sys.argv[1], timeout=0).execute("PRAGMA journal_mode = DELETE").fetchone()[0])
+except sqlite3.OperationalError as error:
+    print(error)
+"""
+
+
+def test_opening_a_ledger_again_leaves_the_locks_of_the_first(path: Path) -> None:
+    # POSIX takes all locks of a process from a file when it closes any descriptor of it, and then another process
+    # believes that it is alone.
+    with created(path) as ledger:
+        ledger.reserve(run="a", round=1, plan=PLAN)
+        PrivacyLedger.open(path).close()
+        verify_ledger(path, head=None, public_key=None, as_json=True)
+        done = subprocess.run([sys.executable, "-c", TAKE_OVER, str(path)], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() in ("wal", "database is locked")
+        ledger.reserve(run="a", round=2, plan=PLAN)
+        assert ledger.verify() == 4
 
 
 def test_a_long_ledger_opens_quickly(path: Path) -> None:
