@@ -1,4 +1,4 @@
-"""What clipped gradients promise whatever the model does: no example counts for more than its clip, none for another."""
+"""Whatever the model does, no example counts for more than its clip, and none for another."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 from fedinfer.errors import BadUsage, ShapeMismatch
-from fedinfer.privacy import bookkeeping, clipped_gradient
+from fedinfer.privacy import clipped_gradient
 from fedinfer.privacy.bookkeeping import MARGIN
 from fedinfer.privacy.uses import Products, Terms
 
