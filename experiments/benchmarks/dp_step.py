@@ -120,7 +120,7 @@ def sgd_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     parameters = list(model.parameters())
 
     def step() -> None:
-        functional.cross_entropy(model(x), y).backward()
+        torch.autograd.backward(functional.cross_entropy(model(x), y))
         with torch.no_grad():
             for parameter in parameters:
                 assert parameter.grad is not None
@@ -154,7 +154,7 @@ def hooks_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     )
 
     def step() -> None:
-        functional.cross_entropy(whole(x), y).backward()
+        torch.autograd.backward(functional.cross_entropy(whole(x), y))
         optimizer.step()
         optimizer.zero_grad()
 
