@@ -1,4 +1,4 @@
-"""Noise for a release of a million coordinates, in seconds of one thread: exact integers beside floats and the published algorithm.
+"""Noise for a million coordinates, in seconds of one thread: exact integers beside floats and the published way.
 
 Floor: a proposal takes 16 bytes of AES-256-CTR, and about 1.03 proposals make a number. The peer that is exact is the
 published algorithm (Canonne, Kamath and Steinke 2020, algorithm 3), one number at a time as it is written; the peer

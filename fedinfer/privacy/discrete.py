@@ -207,10 +207,13 @@ def _tail(steps: _Steps, stream: Bits, place: int, *, negative: bool) -> tuple[i
 
 
 def _below(level: int, stream: Bits, place: int, odds: Fraction, exponent: Fraction) -> bool:
-    """Whether U < odds · exp(-exponent), with 64 bits of U in `level` and the rest in the proposal's extra bits."""
-    size = 8
+    """Whether U < odds · exp(-exponent), with 64 bits of U in `level` and the rest in the proposal's extra bits.
+
+    It ends: U agrees with the number that it is compared with in ever more bits only if it is that number.
+    """
+    size = 0
     while True:
-        more = stream.extra(place, MORE_LEVEL + size)[MORE_LEVEL:]
+        more = stream.extra(place, MORE_LEVEL + size)[MORE_LEVEL:] if size else b""
         level_now = (level << (8 * size)) | int.from_bytes(more, "big")
         bits = 64 + 8 * size
         low, high = exp_bounds(exponent, bits)
@@ -219,7 +222,7 @@ def _below(level: int, stream: Bits, place: int, odds: Fraction, exponent: Fract
             return True
         if level_now * odds.denominator >= high * odds.numerator:
             return False
-        size *= 2
+        size = 2 * size + 8
 
 
 def exp_bounds(exponent: Fraction, bits: int) -> tuple[int, int]:

@@ -1,19 +1,18 @@
 """Exact noise on integers, with its account: what one row can move, how often, and the ε of it.
 
-A release on integers has a `shift`: by how much one row moves it, in the L2 norm (`shift_squared`).
-
-On a fine grid (`CELLS` integers stand for one unit) discrete Gaussian noise is the Gaussian mechanism: within 12
+On a fine grid (`CELLS` integers stand for one unit) discrete Gaussian noise is the Gaussian mechanism: within 20
 standard deviations sigma (in integers) the probability of an integer is that of a rounded Gaussian up to a factor
-within (12² + 1) / (24 sigma²) of 1, by the second term of the midpoint rule, and further out lies less than 1e-32.
-Rounding a Gaussian is done to its answer. `fine_epsilon` pays for the factor once for each coordinate that one row
-can move, in both directions.
+within (20² + 2) / (24 sigma²) of 1, by the error of the midpoint rule, and further out lies less than 1e-88. Rounding
+a Gaussian is done to its answer, and coordinates that a row does not move tell nothing of it. `fine_epsilon` pays for
+the factor once for each coordinate that one row can move, in both directions; the rest is far less than the share of δ
+that it sets aside, for an ε up to 60.
 
 On whole counts the factor is too large for that, and there is no need: for one moved coordinate the privacy loss is
 linear in the noise, so that the sum S of the noise of all releases decides: with n releases it is (S + n / 2) / sigma²,
 and δ is the mean of 1 - exp(ε - loss) where that is above zero.
 
 References: Canonne, Kamath and Steinke 2020, arXiv:2004.00010, theorem 7 (δ), proposition 5 (Rényi divergence);
-Kairouz, Liu and Steinke 2021, arXiv:2102.06387, lemma 4 (sums of discrete Gaussians).
+Kairouz, Liu and Steinke 2021, arXiv:2102.06387 (sums of discrete Gaussians).
 """
 
 import hashlib
@@ -44,6 +43,7 @@ TOLERANCE = 1e-4
 SEEN = 4.0
 # The shares of δ and of ε that pay for the rounding of our own arithmetic.
 DELTA_SHARE, EPSILON_SLACK = 1e-6, 1e-9
+MOST_FINE_EPSILON = 60.0
 # Above this standard deviation a sum of discrete Gaussians is as good as a rounded Gaussian; below, it is summed up.
 LARGEST_SUMMED = 10_000.0
 
@@ -156,10 +156,11 @@ def add_on_grid(cells: Integers, *, sigma: float, stream: NoiseStream) -> Intege
 def fine_epsilon(*, mu: float, sigma: float, delta: float, coordinates: int = 1) -> float:
     """ε at `delta` of discrete Gaussian noise of `sigma` (in integers) that one row moves by `mu` sigmas in L2.
 
-    `coordinates` is the number of noisy integers, over all releases, that one row can move.
+    `coordinates` is the number of noisy integers, over all releases, that one row can move. Above 60 it is infinity.
     """
-    factor = 145.0 / (24.0 * sigma**2)
-    return gaussian_epsilon(mu=mu, delta=delta * (1.0 - DELTA_SHARE)) + 2.0 * coordinates * factor + EPSILON_SLACK
+    factor = 402.0 / (24.0 * sigma**2)
+    epsilon = gaussian_epsilon(mu=mu, delta=delta * (1.0 - DELTA_SHARE)) + 2.0 * coordinates * factor + EPSILON_SLACK
+    return epsilon if epsilon <= MOST_FINE_EPSILON else math.inf
 
 
 def gaussian_rdp(*, mu: float, order: float) -> float:

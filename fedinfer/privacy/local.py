@@ -4,8 +4,8 @@ Unit: one client, with all of its rows. Relation: replace one, because everybody
 everybody else, the server included. Trusted: the device and its operating system's randomness. All fields are public
 constants.
 
-The old formula of the Gaussian mechanism, sigma = sqrt(2 ln(1.25 / δ)) Δ / ε, is wrong for ε above 1; the account here
-is exact for all ε (Balle and Wang 2018, arXiv:1805.06530, theorem 8).
+The old formula of the Gaussian mechanism, sigma = sqrt(2 ln(1.25 / δ)) Δ / ε, is proven for ε below 1, and gives too
+little noise for large ones; the account here is exact for all ε (Balle and Wang 2018, arXiv:1805.06530, theorem 8).
 """
 
 import math

@@ -5,9 +5,9 @@ with the largest noisy count is released. A label that nobody agrees on is the o
 
 Only the account that holds for all votes is given. The paper's smaller one depends on the votes, and is private itself.
 
-Reference: Papernot, Song, Mironov, Raghunathan, Talwar and Erlingsson 2018, arXiv:1802.08908, algorithm 1 and
-proposition 7. That the number of labels is not fixed before, but bounded: Koskela, Tobaben and Honkela 2022,
-arXiv:2209.15596, and Smith and Thakurta 2022, arXiv:2210.17520 (composition of adaptively chosen Gaussian mechanisms).
+References: Papernot, Song, Mironov, Raghunathan, Talwar and Erlingsson 2018, arXiv:1802.08908, algorithm 1. That the
+number of labels is not fixed before, but bounded: Koskela, Tobaben and Honkela 2022, arXiv:2209.15596, and Smith and
+Thakurta 2022, arXiv:2210.17520 (composition of Gaussian mechanisms that are chosen by the answers before).
 """
 
 import math

@@ -68,7 +68,7 @@ def test_one_teacher_moves_counts_by_no_more_than_is_accounted(data: st.DataObje
 
 
 def test_the_account_is_that_of_the_paper() -> None:
-    # Algorithm 1 and proposition 7: a check costs order / (2 check²), a label order / label².
+    # A check costs order / (2 check²), a label order / label².
     for order in (1.5, 2.0, 20.0):
         expected = 200 * order / (2 * 10.0**2) + 120 * order / 5.0**2
         assert VOTES.rdp(order) == pytest.approx(expected)
