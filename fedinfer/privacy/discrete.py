@@ -59,6 +59,10 @@ def discrete_gaussian(stream: Bits, *, variance: Fraction | int, count: int) -> 
     Guarantees: exactly this law if the bits of `stream` are uniform and independent, up to an event of probability
     2^-1000; |x| < 2^62; `count` numbers are the same whether drawn in one call or in several.
     Raises: BadUsage unless the variance lies between 10^-6 and 2^90.
+
+        >>> from fedinfer.privacy.noise import insecure_seeded_noise
+        >>> discrete_gaussian(insecure_seeded_noise("example"), variance=Fraction(9, 4), count=8).tolist()
+        [2, 2, 2, 1, 1, 1, 1, 0]
     """
     if not SMALLEST_VARIANCE <= variance <= LARGEST_VARIANCE:
         raise BadUsage(f"variance: got {float(variance):g}, expected a number from 1e-6 to 2**90")

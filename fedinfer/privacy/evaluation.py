@@ -61,6 +61,13 @@ class EvaluationRelease:
     A score of 0.5 or more counts as a positive answer; `bins` is even, so that 0.5 is an edge.
 
     Guarantees: `steps` calls of `counts` are (epsilon(), delta)-differentially private.
+
+    >>> from fedinfer.privacy.noise import insecure_seeded_noise
+    >>> release = EvaluationRelease.calibrate(epsilon=1.0, delta=1e-6, loss_bound=4.0)
+    >>> scores, labels, losses = np.full(500, 0.9), np.ones(500), np.full(500, 0.1)
+    >>> found = release.summarise(release.counts(scores, labels, losses, insecure_seeded_noise("example")))
+    >>> round(found.accuracy.value, 2), round(found.accuracy.standard_error, 2)
+    (1.0, 0.05)
     """
 
     bins: int = 20

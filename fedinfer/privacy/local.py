@@ -48,6 +48,10 @@ class LocalVector:
     Two vectors differ by twice the clip norm, and by what rounding to the grid moves them.
 
     Guarantees: `steps` calls of `release` are (epsilon(), delta)-differentially private, the grid included.
+
+    >>> plan = LocalVector.calibrate(epsilon=4.0, delta=1e-6, dimension=3, clip_norm=1.0)
+    >>> round(plan.noise_multiplier, 2)
+    2.39
     """
 
     dimension: int
@@ -136,6 +140,11 @@ class RandomisedResponse:
     Guarantees: `steps` calls of `release` are (epsilon(), 0)-differentially private, exactly.
 
     Reference: Warner 1965, doi:10.1080/01621459.1965.10480775; Kairouz, Bonawitz and Ramage 2016, arXiv:1602.07387.
+
+    >>> from fedinfer.privacy.noise import insecure_seeded_noise
+    >>> plan = RandomisedResponse.calibrate(epsilon=1.0, categories=3)
+    >>> plan.release(np.array([0, 0, 1, 2]), insecure_seeded_noise("example")).tolist()
+    [2, 1, 0, 1]
     """
 
     categories: int

@@ -47,6 +47,13 @@ class HistogramRelease:
 
     Guarantees: `steps` calls of `release` are (epsilon(), delta)-differentially private, exactly; with Laplace noise,
     for which `delta` is 0, (epsilon(), 0).
+
+    >>> from fedinfer.privacy.noise import insecure_seeded_noise
+    >>> release = HistogramRelease.calibrate(epsilon=1.0, delta=1e-6, bins=4)
+    >>> release.release(np.array([0] * 30 + [3] * 12), insecure_seeded_noise("example")).tolist()
+    [24, 6, 7, 17]
+    >>> round(release.standard_error, 2)
+    4.23
     """
 
     bins: int
@@ -182,6 +189,12 @@ class ScalarRelease:
     most sqrt(2) in L2. For values from 0 to a bound the sum is as exact as if it had been released alone.
 
     Guarantees: `steps` calls of `release` are (epsilon(), delta)-differentially private.
+
+    >>> from fedinfer.privacy.noise import insecure_seeded_noise
+    >>> release = ScalarRelease.calibrate(epsilon=1.0, delta=1e-6, low=0.0, high=100.0, default=50.0)
+    >>> answer = release.summarise(release.release(np.full(500, 30.0), insecure_seeded_noise("example")))
+    >>> round(answer.mean.value, 1), round(answer.mean.standard_error, 1)
+    (29.6, 0.6)
     """
 
     low: float

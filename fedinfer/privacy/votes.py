@@ -43,6 +43,12 @@ class ConfidentVotes:
     count by one at most, and two counts by one each.
 
     Guarantees: `steps` calls of `label` are (epsilon(), delta)-differentially private, for any votes.
+
+    >>> from fedinfer.privacy.noise import insecure_seeded_noise
+    >>> plan = ConfidentVotes.calibrate(epsilon=2.0, delta=1e-6, classes=3, threshold=60.0, queries=2, answers=2)
+    >>> votes = np.array([[1] * 95 + [2] * 5, [0] * 34 + [1] * 33 + [2] * 33])
+    >>> plan.label(votes, insecure_seeded_noise("example"))
+    [1, None]
     """
 
     classes: int
