@@ -140,7 +140,7 @@ class BasicFilter:
         _fits("delta", spent.delta, after.delta, exact(self.delta))
 
     def total(self, spent: Spent) -> tuple[float, float]:
-        return _up(spent.epsilon), _up(spent.delta)
+        return round_up(spent.epsilon), round_up(spent.delta)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": "basic"}
@@ -192,7 +192,7 @@ class RenyiFilter:
     def total(self, spent: Spent) -> tuple[float, float]:
         if spent.rdp == 0:
             return 0.0, 0.0
-        return max(0.0, _up(spent.rdp) + rdp_overhead(self.order, self.delta)), self.delta
+        return max(0.0, round_up(spent.rdp) + rdp_overhead(self.order, self.delta)), self.delta
 
     def to_json(self) -> dict[str, Any]:
         return {"name": "renyi", "order": self.order, "limit": self.limit}
@@ -237,7 +237,7 @@ class GaussianFilter:
     def total(self, spent: Spent) -> tuple[float, float]:
         if spent.mu_squared == 0:
             return 0.0, 0.0
-        mu = math.sqrt(_up(spent.mu_squared))
+        mu = math.sqrt(round_up(spent.mu_squared))
         least = self.delta * (1.0 - GRID_ROOM)
         return _border(lambda epsilon: gdp_delta(mu, epsilon) > least) / ROUND_DOWN + GRID_ROOM, self.delta
 
@@ -249,6 +249,9 @@ def choose_filter(name: str, *, epsilon: float, delta: float) -> Filter:
     """The filter `name` for a budget.
 
     Raises: BadUsage for a budget that cannot be, or has no limit by this filter, and for a name that is none.
+
+    >>> choose_filter("renyi", epsilon=3.0, delta=1e-5).to_json()["order"]
+    7.5
     """
     check_epsilon(epsilon)
     check_delta(delta)
@@ -300,7 +303,7 @@ def _fits(name: str, before: Fraction, after: Fraction, limit: Fraction) -> None
         )
 
 
-def _up(value: Fraction) -> float:
+def round_up(value: Fraction) -> float:
     """A float that is not written smaller than `value`."""
     number = float(value)
     return number if exact(number) >= value else math.nextafter(number, math.inf)

@@ -52,7 +52,13 @@ class Reservation:
 
 
 class PrivacyLedger:
-    """An open ledger. One object belongs to one thread; several processes may hold the same file."""
+    """An open ledger. One object belongs to one thread; several processes may hold the same file.
+
+    >>> with PrivacyLedger.scratch(epsilon=1.0, delta=1e-5) as ledger:
+    ...     summary = ledger.summary()
+    >>> summary.budget_epsilon, summary.spent_epsilon, summary.filter
+    (1.0, 0.0, {'name': 'basic'})
+    """
 
     def __init__(self, store: Store, name: str, *, key: SigningKey | None, head: Head | None) -> None:
         self._store = store

@@ -15,13 +15,14 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, cached_property
 from typing import Any
 
 from fedinfer.errors import BadUsage
 from fedinfer.privacy.checks import check_delta
 from fedinfer.privacy.conversions import rdp_overhead
-from fedinfer.privacy.filters import Charge
+from fedinfer.privacy.filters import Charge, exact, round_up
 from fedinfer.privacy.noise import NoiseStream
 from fedinfer.privacy.repetition import (
     ORDERS,
@@ -53,13 +54,13 @@ class Composed:
 
     @property
     def delta(self) -> float:
-        return math.fsum(part.delta for part in self.parts)
+        return round_up(sum((exact(part.delta) for part in self.parts), Fraction(0)))
 
     def epsilon(self) -> float:
-        return math.fsum(part.epsilon() for part in self.parts)
+        return round_up(sum((exact(part.epsilon()) for part in self.parts), Fraction(0)))
 
     def rdp(self, order: float) -> float:
-        return math.fsum(part.rdp(order) for part in self.parts)
+        return math.nextafter(math.fsum(part.rdp(order) for part in self.parts), math.inf)
 
     def gdp(self) -> float | None:
         mus = [part.gdp() for part in self.parts]
