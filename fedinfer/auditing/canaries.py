@@ -19,13 +19,15 @@ RATE = 0.5
 # Far beyond the clip norm, so that a canary is clipped to it and its model's bias does not count.
 LOUD = 1e3
 FAINT = 1e-3
+# Of a client that says so; refusing it is as good as weighing it as one.
+MANY_EXAMPLES = "1,000 examples"
 
 
 def plan_for(subject: Subject, *, steps: int, divisor: float, rate: float = RATE, delta: float = DELTA) -> PrivacyPlan:
     """The plan that a subject is given: ε = 1 over `steps`; everybody takes part where it does not sample."""
     return PrivacyPlan.calibrate(
         epsilon=EPSILON,
-        delta=delta,
+        delta=DELTA,
         steps=steps,
         unit=subject.unit,
         sampler=Poisson(rate=rate if subject.sampled else 1.0),
@@ -74,12 +76,12 @@ def neighbours(subject: Subject, *, width: int) -> Iterator[tuple[str, Units, Un
     base[:, 0] = LOUD
     for size in (1, 3) if subject.fixed_units else (0, 1, 3):
         for name, row in odd.items():
-            yield f"{name}, beside {size}", *_pair(subject, base[:size], row)
-    yield "a copy, beside 3", *_pair(subject, base, base[0])
+            yield name, *_pair(subject, base[:size], row)
+    yield "a copy", *_pair(subject, base, base[0])
     if subject.fixed_units:
         without, present = _pair(subject, base, loud)
         said = np.array([1, 1, 1, 1000])
-        yield "with 1,000 examples", without, Units(rows=present.rows, examples=said)
+        yield MANY_EXAMPLES, without, Units(rows=present.rows, examples=said)
 
 
 def _pair(subject: Subject, base: Floats, row: Floats) -> tuple[Units, Units]:

@@ -5,7 +5,7 @@ the update that it sends, as two arrays. The server knows its clients, so that t
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 
-from fedinfer.auditing.subjects import Floats, Subject, Trace, Units
+from fedinfer.auditing.subjects import Floats, Subject, Trace, Units, whole_plan
 from fedinfer.errors import RoundFailed
 from fedinfer.privacy import NoiseStream, PrivacyPlan
 from fedinfer.privacy.audit_clipping import ClipRule
@@ -88,18 +88,19 @@ class FixedClipping:
         before: list[Floats] = []
         released: list[Floats] = []
 
+        updates = [_arrays(row) for row in units.rows]
+
         def play(grid: Grid) -> None:
             for number in range(1, plan.steps + 1):
-                released.append(_round(strategy, grid, units, number) * clients)
+                released.append(_round(strategy, grid, updates, units, number) * clients)
                 before.append(strategy.before * clients)
 
         _serve(play, clients, stream)
-        spent = strategy.privacy_spent()
         return Trace(
             before=np.stack(before),
             released=np.stack(released),
             sigma=plan.noise_multiplier * plan.clip_norm,
-            claimed=plan.epsilon() if spent is None else spent.epsilon,
+            claim=whole_plan(plan) if strategy.accountant is None else strategy.accountant.get_epsilon,
         )
 
     def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
@@ -131,10 +132,12 @@ class AdaptiveClipping:
         before: list[Floats] = []
         released: list[Floats] = []
 
+        updates = [_arrays(row) for row in units.rows]
+
         def play(grid: Grid) -> None:
             for number in range(1, plan.steps + 1):
                 scale = clients * plan.clip_norm / strategy.clipping_norm
-                released.append(_round(strategy, grid, units, number) * scale)
+                released.append(_round(strategy, grid, updates, units, number) * scale)
                 before.append(strategy.before * scale)
 
         _serve(play, clients, stream)
@@ -142,7 +145,7 @@ class AdaptiveClipping:
             before=np.stack(before),
             released=np.stack(released),
             sigma=strategy.noise_multiplier * plan.clip_norm,
-            claimed=plan.epsilon(),
+            claim=whole_plan(plan),
         )
 
     def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
@@ -188,17 +191,19 @@ class LocalNoise:
         before: list[Floats] = []
         released: list[Floats] = []
 
+        updates = [_arrays(row) for row in units.rows]
+        start = _arrays(np.zeros(units.rows.shape[1], np.float32))
+
         def play(grid: Grid) -> None:
-            for _ in range(plan.steps):
-                released.append(_send(noisy, grid, units))
-                before.append(_send(clipped, grid, units))
+            before.append(_send(clipped, grid, start, updates))
+            released.extend(_send(noisy, grid, start, updates) for _ in range(plan.steps))
 
         _serve(play, len(units), stream)
         return LocalTrace(
-            before=np.stack(before),
+            before=np.tile(before[0], (plan.steps, 1)),
             released=np.stack(released),
             sigma=plan.clip_norm * float(np.sqrt(2 * np.log(1.25 / plan.delta))) / epsilon,
-            claimed=epsilon,
+            claim=lambda delta: epsilon if delta >= plan.delta else np.inf,
             clients=len(units),
         )
 
@@ -218,35 +223,37 @@ def _serve(play: Callable[[Grid], None], clients: int, stream: NoiseStream) -> N
         run_in_process(server_app, ClientApp(), nodes=[{}] * clients, run_config={})
 
 
-def _round(strategy: _Fixed | _Adaptive, grid: Grid, units: Units, number: int) -> Floats:
+def _round(
+    strategy: _Fixed | _Adaptive, grid: Grid, updates: Sequence[ArrayRecord], units: Units, number: int
+) -> Floats:
     """One round from zero weights, in which each client adds its row; returns the new weights."""
     start = _arrays(np.zeros(units.rows.shape[1], np.float32))
     messages = strategy.configure_train(number, start, ConfigRecord(), grid)
-    contributions = zip(messages, units.rows, units.examples, strict=True)
-    replies = [_answer(message, row, int(examples)) for message, row, examples in contributions]
+    contributions = zip(messages, updates, units.examples, strict=True)
+    replies = [_answer(message, update, int(examples)) for message, update, examples in contributions]
     arrays, _ = strategy.aggregate_train(number, replies)
     if arrays is None:
         raise RoundFailed("flower: got no aggregate of the round")
     return _flat(arrays)
 
 
-def _send(mod: LocalDpMod, grid: Grid, units: Units) -> Floats:
+def _send(mod: LocalDpMod, grid: Grid, start: ArrayRecord, updates: Sequence[ArrayRecord]) -> Floats:
     """What the clients send behind `mod`, end to end."""
-    content = RecordDict({"arrays": _arrays(np.zeros(units.rows.shape[1], np.float32)), "config": ConfigRecord()})
+    content = RecordDict({"arrays": start, "config": ConfigRecord()})
     context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
     sent = []
-    for node, row in zip(grid.get_node_ids(), units.rows, strict=True):
-        answer = mod(Message(content, node, "train"), context, _client(row))
+    for node, update in zip(grid.get_node_ids(), updates, strict=True):
+        answer = mod(Message(content, node, "train"), context, _client(update))
         sent.append(_flat(answer.content.array_records["arrays"]))
     return np.concatenate(sent)
 
 
-def _client(row: NDArray[np.float32]) -> Callable[[Message, Context], Message]:
-    return lambda message, context: _answer(message, row, 1)
+def _client(update: ArrayRecord) -> Callable[[Message, Context], Message]:
+    return lambda message, context: _answer(message, update, 1)
 
 
-def _answer(message: Message, row: NDArray[np.float32], examples: int) -> Message:
-    content = RecordDict({"arrays": _arrays(row), "metrics": MetricRecord({"num-examples": examples})})
+def _answer(message: Message, update: ArrayRecord, examples: int) -> Message:
+    content = RecordDict({"arrays": update, "metrics": MetricRecord({"num-examples": examples})})
     return Message(content, reply_to=message)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedinfer.arrays import unflatten
-from fedinfer.auditing.subjects import AdaptiveClients, Floats, RecordingPlan, Subject, Training
+from fedinfer.auditing.subjects import AdaptiveClients, Claim, Floats, RecordingPlan, Subject, Training
 from fedinfer.data import Table
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient, insecure_seeded_noise
 from fedinfer.privacy.clipping import LEAST_CLIP, MOST_CLIP, AdaptiveClip
@@ -89,9 +89,9 @@ class UnsafeShuffledBatches:
         return _reply(plan.release(_clipped_sum(plan, net, *_rows(task, net, table, chosen)), stream), stream)
 
 
-def unsafe_last_round(plan: PrivacyPlan) -> float:
+def unsafe_last_round(plan: PrivacyPlan) -> Claim:
     """What an accountant says that is made anew in each round or process: the ε of one step."""
-    return plan.epsilon(1)
+    return lambda delta: replace(plan, delta=delta).epsilon(1)
 
 
 class MutantInvertedSign(AdaptiveClip):

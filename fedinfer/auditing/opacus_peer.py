@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -53,12 +53,11 @@ class Opacus:
             while len(released) < plan.steps:
                 left = plan.steps - len(released)
                 history = _train(data, plan, before, released, left, epochs=1 if self.new_engine_each_round else None)
-            claimed = _epsilon(history, plan.delta)
         return Trace(
             before=np.stack(before),
             released=np.stack(released),
             sigma=plan.noise_multiplier * plan.clip_norm,
-            claimed=claimed,
+            claim=partial(_epsilon, history),
         )
 
     def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
@@ -109,7 +108,7 @@ def _flat(tensors: Iterator[torch.Tensor]) -> Floats:
 def _epsilon(history: History, delta: float) -> float:
     accountant = create_accountant(ACCOUNTANT)
     accountant.history = list(history)
-    with np.errstate(divide="ignore"):
+    with _quiet(), np.errstate(divide="ignore"):
         return float(accountant.get_epsilon(delta))
 
 

@@ -7,7 +7,7 @@ the same code path, the sum to which the noise was added (`before`).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -23,6 +23,8 @@ from fedinfer.privacy.plan import Unit
 from fedinfer.training import StepReply, StepTask, private_step
 
 Floats = NDArray[np.float64]
+# The ε that is stated at a δ; infinite where nothing is stated at that δ.
+Claim = Callable[[float], float]
 Step = Callable[[StepTask, nn.Module, Table, NoiseStream], StepReply]
 # Of the number of clients within an adaptive clip, as a multiple of the plan's noise multiplier.
 COUNT_NOISE = 2.0
@@ -49,13 +51,13 @@ class Trace:
     """One run of a plan: for each step the sum before noise and what was released times the plan's divisor, (T, d).
 
     d may be larger than the units' rows: a model may have other parameters after those. `sigma` is the noise that the
-    subject declares on such a sum, and `claimed` the ε that it states after the run.
+    subject declares on such a sum, and `claim` gives the ε that it states after the run at a δ.
     """
 
     before: Floats = field(repr=False)
     released: Floats = field(repr=False)
     sigma: float
-    claimed: float
+    claim: Claim = field(repr=False)
 
     @property
     def noise(self) -> Floats:
@@ -103,9 +105,9 @@ class RecordingPlan(PrivacyPlan):
         return super().release(clipped_sum, stream)
 
 
-def whole_plan(plan: PrivacyPlan) -> float:
+def whole_plan(plan: PrivacyPlan) -> Claim:
     """What we claim: the plan is charged whole, before its first release."""
-    return plan.epsilon()
+    return lambda delta: replace(plan, delta=delta).epsilon()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ class Training:
     sampled: bool = True
     slow: bool = False
     step: Step = private_step
-    claim: Callable[[PrivacyPlan], float] = whole_plan
+    claim: Callable[[PrivacyPlan], Claim] = whole_plan
 
     def run(self, units: Units, plan: PrivacyPlan, stream: NoiseStream) -> Trace:
         recording = RecordingPlan.recording(plan)
@@ -139,7 +141,7 @@ class Training:
             before=np.stack(recording.seen),
             released=np.stack(released),
             sigma=plan.noise_multiplier * plan.clip_norm,
-            claimed=self.claim(plan),
+            claim=self.claim(plan),
         )
 
     def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
@@ -166,7 +168,7 @@ class ClientUpdates:
             before=np.stack(recording.seen),
             released=np.stack(released),
             sigma=plan.noise_multiplier * plan.clip_norm,
-            claimed=plan.epsilon(),
+            claim=whole_plan(plan),
         )
 
     def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
@@ -205,7 +207,7 @@ class AdaptiveClients:
             before=np.stack(recording.seen),
             released=np.stack(released),
             sigma=plan.noise_multiplier * plan.clip_norm,
-            claimed=adaptive.epsilon(),
+            claim=whole_plan(plan),
         )
 
     def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:

@@ -51,7 +51,7 @@ def audit_training(config: RunConfig, *, canaries: int = CANARIES, streams: Stre
     guesses = Guesses.from_scores(canary_scores(trace, directions, config.plan), present, each_side=each_side)
     return AuditBound(
         epsilon_lower=guesses.epsilon_lower(delta=config.plan.delta, error=SHOWN_ERROR),
-        claimed=trace.claimed,
+        claimed=trace.claim(config.plan.delta),
         delta=config.plan.delta,
         confidence=1.0 - SHOWN_ERROR,
         canaries=canaries,

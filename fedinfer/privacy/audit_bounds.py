@@ -17,13 +17,18 @@ from scipy.special import betaincinv, ndtri
 from scipy.stats import binom
 
 from fedinfer.errors import BadUsage
-from fedinfer.privacy.accounting import gaussian_epsilon
+from fedinfer.privacy.accounting import epsilon_of, gaussian_epsilon
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+# From false alarms and misses at each threshold, and the runs of both worlds, to what they prove.
+Bound = Callable[[Counts, Counts, tuple[int, int]], Floats]
 # Nobody asks whether ε is 30 or 40.
 MOST = 30.0
 TAIL_POINTS = 200
+# Where the trade-off curve of a sampled mechanism is looked at, as δ, and between which noise multipliers.
+CURVE = (1e-1, 3e-1, 2e-2, 3e-3, 3e-4)
+LEAST_SAMPLED_NOISE, MOST_SAMPLED_NOISE = 0.35, 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +70,54 @@ class Game:
         Reference: Nasr et al. 2023, arXiv:2302.07956, section 4.
         """
 
-        def bound(false_alarms: Counts, misses: Counts, runs: tuple[int, int]) -> Floats:
-            alarm, miss = _upper(false_alarms, runs[0], error / 2), _upper(misses, runs[1], error / 2)
-            mu: Floats = -ndtri(alarm) - ndtri(miss)
-            return mu
-
-        mu = self._best(bound)
+        alarm, miss = self._rates(error)
+        mu = float(-ndtri(alarm) - ndtri(miss))
         return min(MOST, gaussian_epsilon(mu=mu, delta=delta)) if mu > 0.0 else 0.0
 
-    def _best(self, bound: Callable[[Counts, Counts, tuple[int, int]], Floats]) -> float:
+    def sampled_epsilon_lower(self, *, rate: float, steps: int, delta: float, error: float) -> float:
+        """ε of the least private sampled Gaussian mechanism that these answers do not rule out from below.
+
+        Assumes `steps` Gaussian releases on Poisson samples at `rate`, and that their noise alone is not known.
+        Noise is ruled out if at some δ the answers would take a larger ε than it has. It is nearly tight.
+        """
+        alarm, miss = self._rates(error)
+
+        def spent(noise: float, at: float) -> float:
+            return epsilon_of(noise_multiplier=noise, sampling_rate=rate, steps=steps, delta=at)
+
+        def ruled_out(noise: float) -> bool:
+            for at in CURVE:
+                factor = math.exp(spent(noise, at))
+                if max(1.0 - miss - factor * alarm, 1.0 - alarm - factor * miss) > at:
+                    return True
+            return False
+
+        low, high = LEAST_SAMPLED_NOISE, MOST_SAMPLED_NOISE
+        if ruled_out(low):
+            return MOST
+        if not ruled_out(high):
+            return 0.0
+        while high / low > 1.005:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if ruled_out(middle) else (middle, high)
+        return min(MOST, spent(high, delta))
+
+    def _rates(self, error: float) -> tuple[float, float]:
+        """Upper bounds on false alarms and misses, at the threshold that is best against a Gaussian mechanism."""
+
+        def bound(false_alarms: Counts, misses: Counts, runs: tuple[int, int]) -> Floats:
+            mu: Floats = -ndtri(_upper(false_alarms, runs[0], error / 2)) - ndtri(_upper(misses, runs[1], error / 2))
+            return mu
+
+        false_alarms, misses, runs = self._counted(bound)
+        alarm, miss = _upper(false_alarms, runs[0], error / 2), _upper(misses, runs[1], error / 2)
+        return float(alarm[0]), float(miss[0])
+
+    def _best(self, bound: Bound) -> float:
+        return max(0.0, float(bound(*self._counted(bound))[0]))
+
+    def _counted(self, bound: Bound) -> tuple[Counts, Counts, tuple[int, int]]:
+        """What the second half answers at the threshold that is best, by `bound`, on the first."""
         choosing, counting = (self._half(start) for start in (0, 1))
         tails = np.concatenate([np.logspace(-5, -0.3, TAIL_POINTS), 1.0 - np.logspace(-5, -0.3, TAIL_POINTS)])
         pooled = np.quantile(np.concatenate(choosing), tails)
@@ -81,8 +125,7 @@ class Game:
         gap = (max(choosing[0]) + min(choosing[1])) / 2.0
         thresholds = np.unique(np.concatenate([*(np.quantile(half, tails) for half in choosing), pooled, [gap]]))
         found = bound(*self._count(choosing, thresholds))
-        threshold = thresholds[int(np.argmax(found))]
-        return max(0.0, float(bound(*self._count(counting, np.array([threshold])))[0]))
+        return self._count(counting, thresholds[[int(np.argmax(found))]])
 
     def _half(self, start: int) -> tuple[Floats, Floats]:
         # A score that is not a number is a guess like any other: the run was poisoned.
