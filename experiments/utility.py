@@ -289,8 +289,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = " ".join(["python -m experiments.utility", *(sys.argv[1:] if argv is None else argv)])
     result: dict[str, Any] = {"command": command}
     if options.choose:
-        result["grid"] = {name: choose(name, epsilons, 1 if options.quick else 4) for name in names}
-        for name, grid in result["grid"].items():
+        result["grid"] = {}
+        for name in names:
+            grid = result["grid"][name] = choose(name, epsilons, 1 if options.quick or name == "mnist" else 4)
             table = [[f"{value:.4g}" for value in row.values()] for row in grid]
             show_table(f"{name}: on its stand-ins, the best first at each ε", list(grid[0]), table)
     else:
