@@ -7,6 +7,7 @@ Models for which this is not right, or cannot be seen to be, take the slower way
 Reference: Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038 (book-keeping).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -95,25 +96,21 @@ def _clipped(uses: dict[str, Use], structure: Structure, count: int, clip_norm: 
         for name in list(uses):
             part, clippable[name] = uses.pop(name).measured(clip_norm)
             squared += part
-    bound, norms = MARGIN * clip_norm, np.sqrt(squared)
-    if np.isfinite(norms).all():
-        nonfinite = 0
-    else:
+    bound, norms, nonfinite = MARGIN * clip_norm, np.sqrt(squared), 0
+    if not math.isfinite(norms.sum()):
         # Rows that count for nothing are left out, because 0 * NaN is NaN.
         finite = np.flatnonzero(np.isfinite(norms))
         norms, nonfinite = norms[finite], count - len(finite)
         index = torch.from_numpy(finite)
         clippable = {name: each.rows(index) for name, each in clippable.items()} if len(finite) else {}
     factors = bound / np.maximum(norms, bound)
-    tensors: dict[torch.dtype, Tensor] = {}
+    below_clip = int(np.count_nonzero(factors == 1.0))
+    by_dtype = {torch.float32: torch.from_numpy(factors.astype(np.float32)), torch.float64: torch.from_numpy(factors)}
     sums = {}
     for name, each in clippable.items():
         parameter = structure.trained[name]
-        if parameter.dtype not in tensors:
-            dtype = np.float32 if parameter.dtype is torch.float32 else np.float64
-            tensors[parameter.dtype] = torch.from_numpy(factors.astype(dtype)).to(parameter.device)
-        sums[name] = each.weighted_sum(tensors[parameter.dtype])
-    return _whole(sums, structure, below_clip=int(np.count_nonzero(norms <= bound)), nonfinite=nonfinite)
+        sums[name] = each.weighted_sum(by_dtype[parameter.dtype].to(parameter.device))
+    return _whole(sums, structure, below_clip=below_clip, nonfinite=nonfinite)
 
 
 def _whole(sums: dict[str, Tensor], structure: Structure, *, below_clip: int, nonfinite: int) -> ClippedGradient:

@@ -9,9 +9,8 @@ Reference: Bu et al. 2023, arXiv:2210.00038 (book-keeping).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,7 @@ from fedinfer.privacy.uses import Laid, Patches, Products, Rows, Terms, Tokens, 
 Uses = Sequence[tuple[Tensor | None, Use]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(NamedTuple):
     """One run of one layer: where the gradients at its outputs appear, and what they mean for its parameters.
 
     `uses` gets inputs and gradients at the outputs, the example first in both.

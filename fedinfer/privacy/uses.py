@@ -28,6 +28,8 @@ Doubles = NDArray[np.float64]
 # How far the sizes of an example's terms, added up, may exceed both the clip and the size of their sum. Rounding is
 # 2**-24 of a term, so this keeps it within what `MARGIN` leaves.
 CANCELLED = 64.0
+# How much larger than a and b the gradients may be that are kept.
+KEPT = 1
 # A product in float64 takes as long as two, and making float64 of its factors as long as two more.
 GRAM_COST = 4
 # Numbers laid out at a time: they stay in a core's cache.
@@ -228,7 +230,7 @@ class Products:
 
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
         _, _, steps, d, p = self.source.sizes
-        if steps * (d + p) >= d * p:
+        if d * p <= KEPT * steps * (d + p):
             kept = Laid(self.per_example())
             return kept.squares, kept
         squared, sizes = self._by_gram() if GRAM_COST * steps * (d + p) <= d * p else self._by_parts()
@@ -260,13 +262,12 @@ class Products:
             yield chunk, *self.source.terms(chunk)
 
     def _by_parts(self) -> tuple[Doubles, Doubles]:
-        """Squared norms (B,), and the sums over terms of |b| |a|, from gradients laid out for a moment."""
+        """Squared norms (B,), and what the sums over terms of |b| |a| are at most, from gradients laid out in parts."""
         squared, sizes = [], []
         for chunk, a, b in self._chunks():
             count = chunk.stop - chunk.start
             squared.append(squares(torch.bmm(b, a).view(count, -1)))
-            terms = torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(b, dim=1)
-            sizes.append(terms.view(count, -1).sum(1).cpu().numpy())
+            sizes.append(np.sqrt(squares(a.reshape(count, -1))) * np.sqrt(squares(b.reshape(count, -1))))
         return np.concatenate(squared), np.concatenate(sizes)
 
     def _by_gram(self) -> tuple[Doubles, Doubles]:
@@ -313,21 +314,20 @@ class Tokens:
         self._layer, self._tokens, self._flows = layer, tokens, flows
 
     def measured(self, clip_norm: float) -> tuple[Doubles, Clippable]:
-        places, heads, sums = self._repeated()
-        rows = np.sqrt(squares(self._flows.flatten(0, 1)))
-        squared, sizes = rows * rows, np.zeros_like(rows)
-        sizes[places], squared[places] = rows[places], 0.0
-        squared[heads] = squares(sums)
+        heads, later, sums = self._repeated()
+        squared = squares(self._flows.flatten(0, 1))
+        sizes = np.zeros_like(squared)
+        for places in (heads, later):
+            sizes[places] = np.sqrt(squared[places])
+        squared[heads], squared[later] = squares(sums), 0.0
         if self._layer.padding_idx is not None:
             squared[self._tokens.flatten().cpu().numpy() == self._layer.padding_idx] = 0.0
-        shape = tuple(self._tokens.shape)
+        shape, flows = tuple(self._tokens.shape), self._flows
         squared, sizes = squared.reshape(shape).sum(1), sizes.reshape(shape).sum(1)
-        flows = self._flows
         if (sizes > CANCELLED * np.maximum(np.sqrt(squared), clip_norm)).any():
-            flows = flows.flatten(0, 1).clone()
-            flows[torch.from_numpy(places)] = 0.0
-            flows[torch.from_numpy(heads)] = sums
-            flows = flows.view(self._flows.shape)
+            flat = flows.flatten(0, 1).clone()
+            flat[torch.from_numpy(heads)], flat[torch.from_numpy(later)] = sums, 0.0
+            flows = flat.view(flows.shape)
         return squared, Lookups(self._layer, self._tokens, flows)
 
     def per_example(self) -> Tensor:
@@ -336,20 +336,23 @@ class Tokens:
         return torch.stack([Lookups(self._layer, *parts).weighted_sum(one) for parts in each])
 
     def _repeated(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
-        """All places of a token that an example has more than once, the first of each, and the sums over the places."""
-        words = self._tokens.cpu().numpy()
-        order = words.argsort(axis=1, kind="stable")
-        ordered = np.take_along_axis(words, order, axis=1)
-        again = np.zeros(words.shape, bool)
-        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-        several = again.copy()
-        several[:, :-1] |= again[:, 1:]
-        places = (order + np.arange(len(words))[:, None] * words.shape[1])[several]
-        first = ~again[several]
-        groups = torch.from_numpy(np.cumsum(first) - 1)
-        flows = self._flows.flatten(0, 1)[torch.from_numpy(places)]
-        sums = flows.new_zeros(int(first.sum()), flows.shape[1])
-        return places, places[first], sums.index_add_(0, groups.to(flows.device), flows)
+        """Of tokens that an example has more than once: the first places, the others, and the sums over both."""
+        steps = self._tokens.shape[1]
+        # Sorted with their places in the low bits, which is faster than to sort places by tokens.
+        bits = steps.bit_length()
+        keys = np.sort((self._tokens.cpu().numpy() << bits) + np.arange(steps), axis=1)
+        again = np.zeros(keys.shape, bool)
+        words = keys >> bits
+        np.equal(words[:, 1:], words[:, :-1], out=again[:, 1:])
+        found = np.flatnonzero(again)
+        starts = np.ones(len(found), bool)
+        starts[1:] = found[1:] != found[:-1] + 1
+        flat = keys.ravel()
+        heads, later = (at - at % steps + (flat[at] & ((1 << bits) - 1)) for at in (found[starts] - 1, found))
+        flows = self._flows.flatten(0, 1)
+        sums = flows[torch.from_numpy(heads)]
+        sums.index_add_(0, torch.from_numpy(np.cumsum(starts) - 1).to(flows.device), flows[torch.from_numpy(later)])
+        return heads, later, sums
 
 
 def combined(uses: Sequence[Use]) -> Use:
