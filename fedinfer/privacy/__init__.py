@@ -1,4 +1,4 @@
-"""Differential privacy: the plan that executes and accounts, its ledger, its noise, its clipped gradients.
+"""Differential privacy: plans and releases that execute and account, their ledger, their noise, clipped gradients.
 
 The names below are loaded when they are first used: a ledger opens without loading torch.
 """
@@ -8,39 +8,75 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedinfer.privacy.bookkeeping import ClippedGradient, clipped_gradient
+    from fedinfer.privacy.clipping import AdaptiveClip, clip_update
+    from fedinfer.privacy.discrete import discrete_gaussian, discrete_laplace
+    from fedinfer.privacy.evaluation import EvaluationRelease
     from fedinfer.privacy.ledger import LedgerSummary, PrivacyLedger, Reservation, RunSummary
+    from fedinfer.privacy.local import LocalVector, RandomisedResponse
+    from fedinfer.privacy.matrix import MatrixPlan, Participation
     from fedinfer.privacy.noise import NoiseStream, insecure_seeded_noise, os_noise
     from fedinfer.privacy.plan import PrivacyPlan
+    from fedinfer.privacy.releases import CountRelease, HistogramRelease, ScalarRelease
     from fedinfer.privacy.samplers import Cyclic, FixedSize, Poisson
+    from fedinfer.privacy.tuning import Tuned
+    from fedinfer.privacy.votes import ConfidentVotes
 
 HOMES = {
+    "AdaptiveClip": "clipping",
     "ClippedGradient": "bookkeeping",
+    "ConfidentVotes": "votes",
+    "CountRelease": "releases",
     "Cyclic": "samplers",
+    "EvaluationRelease": "evaluation",
     "FixedSize": "samplers",
+    "HistogramRelease": "releases",
     "LedgerSummary": "ledger",
+    "LocalVector": "local",
+    "MatrixPlan": "matrix",
     "NoiseStream": "noise",
+    "Participation": "matrix",
     "Poisson": "samplers",
     "PrivacyLedger": "ledger",
     "PrivacyPlan": "plan",
+    "RandomisedResponse": "local",
     "Reservation": "ledger",
     "RunSummary": "ledger",
+    "ScalarRelease": "releases",
+    "Tuned": "tuning",
+    "clip_update": "clipping",
     "clipped_gradient": "bookkeeping",
+    "discrete_gaussian": "discrete",
+    "discrete_laplace": "discrete",
     "insecure_seeded_noise": "noise",
     "os_noise": "noise",
 }
 
 __all__ = [
+    "AdaptiveClip",
     "ClippedGradient",
+    "ConfidentVotes",
+    "CountRelease",
     "Cyclic",
+    "EvaluationRelease",
     "FixedSize",
+    "HistogramRelease",
     "LedgerSummary",
+    "LocalVector",
+    "MatrixPlan",
     "NoiseStream",
+    "Participation",
     "Poisson",
     "PrivacyLedger",
     "PrivacyPlan",
+    "RandomisedResponse",
     "Reservation",
     "RunSummary",
+    "ScalarRelease",
+    "Tuned",
+    "clip_update",
     "clipped_gradient",
+    "discrete_gaussian",
+    "discrete_laplace",
     "insecure_seeded_noise",
     "os_noise",
 ]

@@ -1,6 +1,7 @@
 """The plan does what it accounts, and the accountant is right."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from fedinfer import privacy
 from fedinfer.errors import BadUsage, ShapeMismatch
 from fedinfer.privacy import Cyclic, FixedSize, NoiseStream, Poisson, PrivacyPlan, insecure_seeded_noise
 from fedinfer.privacy.accounting import epsilon_of, fixed_size_rdp, gaussian_delta, gaussian_epsilon
@@ -305,3 +307,11 @@ def test_no_number_breaks_a_release(bad: float, silence: NoiseStream) -> None:
 def test_a_share_of_noise_is_not_released_alone() -> None:
     with pytest.raises(BadUsage, match="needs a secure sum"):
         replace(PLAN, min_honest=3).release(np.zeros(3), insecure_seeded_noise("share"))
+
+
+def test_every_name_of_the_package_is_where_it_is_said_to_be() -> None:
+    assert sorted(privacy.HOMES) == sorted(privacy.__all__)
+    for name, home in privacy.HOMES.items():
+        assert getattr(privacy, name) is getattr(import_module(f"fedinfer.privacy.{home}"), name)
+    with pytest.raises(AttributeError, match="has no attribute 'plan_of'"):
+        _ = privacy.plan_of
