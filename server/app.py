@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedinfer.arrays import unflatten
+from fedinfer.auditing.trained import audit_training
 from fedinfer.card import report_card
 from fedinfer.data import to_json
 from fedinfer.models import Model, build, load, save
@@ -61,7 +62,8 @@ def trained_model(config: RunConfig, state: RoundState) -> Model:
     """The model of `state` with its report card."""
     schema = config.public_schema
     void = any(record.void for record in state.history)
-    card = report_card(config, run=state.run, rounds=state.round, void=void, audit=None)
+    audit = None if config.plan is None or void else asdict(audit_training(config))
+    card = report_card(config, run=state.run, rounds=state.round, void=void, audit=audit)
     return Model(
         spec=config.spec,
         state=unflatten(state.weights, build(config.spec).state_dict()),

@@ -60,6 +60,19 @@ def test_the_model_carries_its_report_card_and_no_row(model: Path) -> None:
     card = load(model).privacy
     assert 1.9999 <= card["epsilon"] <= 2.0
     assert (card["delta"], card["unit"], card["void"], card["rounds"]) == (1e-5, "example", False, 3)
+    assert card["audit"]["claimed"] == pytest.approx(card["epsilon"], abs=1e-6)
+
+
+def test_a_report_card_is_printed_and_a_void_one_says_so(model: Path, hospitals: Path, run: Run) -> None:
+    told = run("ledger", "report", model)
+    assert told.code == 0
+    for part in ("against the server", "add or remove one", "PLD", "every setting is a default", "ε ≥"):
+        assert part in told.out
+    assert json.loads(run("ledger", "report", model, "--json").out)["rounds"] == 3
+    public = hospitals.parent / "public.safetensors"
+    schema = hospitals.parent / "schema.toml"
+    assert run("train", hospitals, "--schema", schema, "--out", public, "--rounds", 2, "--unsafe-no-privacy").code == 0
+    assert "this model protects nobody" in run("ledger", "report", public).out
 
 
 def test_predict_reads_standard_input_and_writes_csv(
