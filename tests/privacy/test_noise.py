@@ -132,6 +132,19 @@ def test_threads_share_no_bytes() -> None:
     assert len(set(blocks)) == len(blocks) == 6000
 
 
+def test_who_is_alone_is_not_disturbed() -> None:
+    stream, taken = os_noise(), []
+    other = threading.Thread(target=lambda: taken.append(stream.take(16)))
+    with stream.alone():
+        other.start()
+        other.join(0.1)
+        assert not taken
+        stream.take(16)
+    other.join()
+    assert stream.position == 32
+    assert len(taken) == 1
+
+
 def test_a_stream_is_not_copied_and_its_key_is_not_shown() -> None:
     stream = os_noise()
     for make_copy in (pickle.dumps, copy.copy, copy.deepcopy):

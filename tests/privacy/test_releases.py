@@ -25,7 +25,7 @@ from fedinfer.privacy.votes import ConfidentVotes
 
 COUNT = CountRelease(noise=Gaussian(sigma=3.0), delta=1e-6, steps=2)
 HISTOGRAM = HistogramRelease(bins=5, noise=Gaussian(sigma=3.0), delta=1e-6)
-SCALAR = ScalarRelease(low=-1.0, high=3.0, default=0.5, sigma=4.0, delta=1e-6)
+SCALAR = ScalarRelease(low=1.0, high=3.0, default=1.5, sigma=4.0, delta=1e-6)
 
 
 def brute_delta(sigma: Fraction, steps: int, epsilon: Decimal) -> float:
@@ -54,7 +54,8 @@ def brute_delta(sigma: Fraction, steps: int, epsilon: Decimal) -> float:
 def test_delta_is_that_of_the_joint_law(sigma: str, steps: int, epsilon: str) -> None:
     expected = brute_delta(Fraction(sigma), steps, Decimal(epsilon))
     got = whole_delta(sigma=float(sigma), steps=steps, epsilon=float(epsilon))
-    assert got >= expected * (1 - 1e-9)
+    # Of several steps the rounding of the sum's law is paid for.
+    assert got >= expected * (1 - 1e-9) + (0.9e-12 if steps > 1 else 0.0)
     assert got == pytest.approx(expected, rel=1e-9, abs=2.1e-12)
 
 
@@ -162,7 +163,7 @@ def test_a_scalar_says_sum_count_and_mean_with_their_errors() -> None:
     rng = np.random.default_rng(0)
     values = rng.uniform(-3.0, 5.0, 300)
     values[:3] = [math.nan, math.inf, -math.inf]
-    known = np.clip(np.where(np.isfinite(values), values, 0.5), -1.0, 3.0)
+    known = np.clip(np.where(np.isfinite(values), values, 1.5), 1.0, 3.0)
     found = []
     for trial in range(300):
         pair = SCALAR.release(values, insecure_seeded_noise(f"scalar {trial}"))
@@ -195,8 +196,10 @@ def test_a_fine_grid_is_as_near_to_a_rounded_gaussian_as_is_paid_for() -> None:
 
     cell = np.array([cell_of(middle) for middle in x])
     # In units of the density at its middle, which is the discrete law up to 1e-300.
-    assert np.abs(cell - 1.0).max() <= 402.0 / (24.0 * sigma**2)
-    assert np.abs(cell - 1.0).max() >= 390.0 / (24.0 * sigma**2)
+    off = float(np.abs(cell - 1.0).max())
+    paid = fine_epsilon(mu=0.1, sigma=sigma, delta=1e-6) - fine_epsilon(mu=0.1, sigma=1e12, delta=1e-6)
+    # Once in each direction, and hardly more than that.
+    assert 2.0 * off <= paid <= 2.1 * off
     assert fine_epsilon(mu=30.0, sigma=float(CELLS), delta=1e-6) == math.inf
 
 
