@@ -176,6 +176,9 @@ def _recurrent(recorder: Recorder, layer: Any, input: Any, hx: Any = None) -> An
     batch_axis = 0 if layer.batch_first else 1
     if not isinstance(input, Tensor) or input.dim() != 3 or input.shape[batch_axis] != recorder.examples:
         return type(layer).forward(layer, input, hx)
+    layer.check_input(input, None)
+    if hx is not None:
+        layer.check_forward_args(input, hx, None)
     output, state, parts = unrolled(layer, _stand_ins(layer), input, hx)
     for part in parts:
         weight, bias = layer._parameters[part.weight], layer._parameters.get(part.bias)

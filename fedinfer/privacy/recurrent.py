@@ -38,10 +38,15 @@ class Part:
 
 
 class _GruSteps(torch.autograd.Function):
-    """From gates (T, B, 3H), which are overwritten, and the first state (B, H) to all states (T + 1, B, H)."""
+    """From gates (T, B, 3H), which are overwritten, and the first state (B, H) to the states after all steps.
+
+    The second result is the states before all steps, for the record: gradients go through the first alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, tap: Tensor, first: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, gates: Tensor, tap: Tensor, first: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         size = weight.shape[1]
         states, kept = gates.new_empty(len(gates) + 1, *first.shape), gates.new_empty(len(gates), *first.shape)
         states[0] = first
@@ -60,8 +65,10 @@ class _GruSteps(torch.autograd.Function):
             torch.addmm(bias_new, state, weight_new, out=kept_t)
             new_t.addcmul_(reset_t, kept_t).tanh_()
             state = torch.lerp(new_t, state, update_t, out=after)
-        ctx.save_for_backward(gates, kept, states, weight)
-        return states
+        before = states[:-1]
+        ctx.mark_non_differentiable(before)
+        ctx.save_for_backward(gates, kept, before, weight)
+        return states[1:], before
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,26 +84,30 @@ class _GruSteps(torch.autograd.Function):
         torch.mul(by_new, reset, out=by_kept)
         torch.mul(by_kept, kept, out=by_reset)
         by_reset.addcmul_(by_reset, reset, value=-1)
-        torch.sub(states[:-1], new, out=by_update).mul_(update)
+        torch.sub(states, new, out=by_update).mul_(update)
         by_update.addcmul_(by_update, update, value=-1)
         triples = by_states.view(*by_states.shape[:2], 3, size)
-        steps = [part.unbind() for part in (triples, by_states, by_new, update, grads[0][:-1])]
-        grad = grads[0][-1]
-        for triple, by_states_t, by_new_t, update_t, before in reversed(list(zip(*steps, strict=True))):
+        steps = [part.unbind() for part in (triples, by_states, by_new, update, grads[0])]
+        grad = grads[0].new_zeros(states.shape[1:])
+        for triple, by_states_t, by_new_t, update_t, own in reversed(list(zip(*steps, strict=True))):
+            grad = grad + own
             triple.mul_(grad[:, None])
             by_new_t.mul_(grad)
-            grad = torch.addcmul(before, grad, update_t).addmm_(by_states_t, weight)
+            grad = torch.mul(grad, update_t).addmm_(by_states_t, weight)
         by_inputs[..., : 2 * size] = by_states[..., : 2 * size]
         return by_inputs, by_states, grad, None, None
 
 
 class _LstmSteps(torch.autograd.Function):
-    """From gates (T, B, 4H), which are overwritten, and first state and cell (B, H) to all of them (T + 1, B, H)."""
+    """From gates (T, B, 4H), which are overwritten, and the first state and cell (B, H) to the states after all steps.
+
+    The second result is the last cell, the third the states before all steps, through which no gradient goes.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, gates: Tensor, tap: Tensor, first: Tensor, first_cell: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         size = weight.shape[1]
         states, cells = (gates.new_empty(len(gates) + 1, *first.shape) for _ in range(2))
         states[0], cells[0] = first, first_cell
@@ -111,12 +122,14 @@ class _LstmSteps(torch.autograd.Function):
             output_t.sigmoid_()
             cell = torch.mul(forget, cell, out=cell_after).addcmul_(enter, new_t)
             state = torch.tanh(cell, out=after).mul_(output_t)
-        ctx.save_for_backward(gates, states, cells, weight)
-        return states, cells
+        before = states[:-1]
+        ctx.mark_non_differentiable(before)
+        ctx.save_for_backward(gates, cells, weight)
+        return states[1:], cells[-1].clone(), before
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gates, _, cells, weight = ctx.saved_tensors
+        gates, cells, weight = ctx.saved_tensors
         size = weight.shape[1]
         enter, forget, new, output = torch.split(gates, size, dim=-1)
         # The gradients at the gates, for a gradient of 1 at the cell (of 1 at the state: the output gate's).
@@ -133,18 +146,15 @@ class _LstmSteps(torch.autograd.Function):
         torch.addcmul(enter, by_new, new, value=-1, out=by_new)
         by_cell = squashed.square_().neg_().add_(1).mul_(output)
         triples = by_gates.view(*by_gates.shape[:2], 4, size)[:, :, :3]
-        steps = [
-            part.unbind() for part in (triples, by_output, by_gates, by_cell, forget, grads[0][:-1], grads[1][:-1])
-        ]
-        grad, cell_grad = grads[0][-1], grads[1][-1]
-        for triple, by_output_t, by_gates_t, by_cell_t, forget_t, before, cell_before in reversed(
-            list(zip(*steps, strict=True))
-        ):
+        steps = [part.unbind() for part in (triples, by_output, by_gates, by_cell, forget, grads[0])]
+        grad, cell_grad = grads[1].new_zeros(grads[1].shape), grads[1]
+        for triple, by_output_t, by_gates_t, by_cell_t, forget_t, own in reversed(list(zip(*steps, strict=True))):
+            grad = grad + own
             cell_grad = torch.addcmul(cell_grad, grad, by_cell_t)
             triple.mul_(cell_grad[:, None])
             by_output_t.mul_(grad)
-            cell_grad = torch.addcmul(cell_before, cell_grad, forget_t)
-            grad = torch.addmm(before, by_gates_t, weight)
+            cell_grad = cell_grad * forget_t
+            grad = by_gates_t @ weight
         return by_gates, by_gates, grad, cell_grad, None
 
 
@@ -179,23 +189,21 @@ def unrolled(
                 biases = None if bias is None or bias_states is None else bias + bias_states
                 gates = functional.linear(steps, weight, biases)
                 edge = edge_of(gates)
-                states, cells = _LstmSteps.apply(  # type: ignore[no-untyped-call]
+                after, cell, before = _LstmSteps.apply(  # type: ignore[no-untyped-call]
                     gates, tap, state[0][index], state[1][index], weight_states
                 )
-                lasts.append((states[-1], cells[-1]))
+                lasts.append((after[-1], cell))
             else:
                 gates = functional.linear(steps, weight, bias)
                 edge = edge_of(gates)
-                states = _GruSteps.apply(  # type: ignore[no-untyped-call]
+                after, before = _GruSteps.apply(  # type: ignore[no-untyped-call]
                     gates, tap, state[index], weight_states, bias_states
                 )
-                lasts.append((states[-1],))
+                lasts.append((after[-1],))
             has_bias = bias is not None
             parts.append(Part(weight=names[0], bias=names[2] if has_bias else None, inputs=steps, edge=edge))
-            parts.append(
-                Part(weight=names[1], bias=names[3] if has_bias else None, inputs=states.detach()[:-1], edge=tap)
-            )
-            ways.append(states[1:].flip(0) if direction else states[1:])
+            parts.append(Part(weight=names[1], bias=names[3] if has_bias else None, inputs=before, edge=tap))
+            ways.append(after.flip(0) if direction else after)
         sequence = torch.cat(ways, dim=-1) if module.bidirectional else ways[0]
     finals = [torch.stack(each) for each in zip(*lasts, strict=True)]
     output = sequence.transpose(0, 1) if module.batch_first else sequence
