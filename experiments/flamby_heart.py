@@ -6,9 +6,9 @@ private runs ask Opacus for the noise of 15 epochs, but do 15 rounds of 100 batc
 2 to 12.5; they draw shuffled batches where the account is of Poisson samples; and they normalise each hospital by the
 mean and deviation of its private rows, which nobody accounts for.
 
-Here ε is counted for the steps that are done, as if the batches were Poisson samples (by PLD), and for shuffled batches
-without amplification, which is all that is proven of them. fedinfer takes public ranges, one plan for each hospital,
-all rows in each step, and the setting that `utility.py` has for heart disease, fixed on other tables.
+Here ε is counted for the steps that are done, as if the batches were Poisson samples (by PLD), and as they are, passes
+over shuffled rows, with no amplification claimed: an upper bound that holds. fedinfer takes public ranges, one plan for
+each hospital, all rows in each step, and the setting that `utility.py` has for heart disease, fixed on other tables.
 
 Unit: one patient. Relation: add or remove one. Adversary of fedinfer's figures: whoever sees every release, the
 server too, and knows all other patients. Trusted: each hospital with its own rows ("pooled": whoever holds them all).
@@ -133,7 +133,7 @@ def opacus_noise(rows: int, delta: float) -> float:
 
 
 def counted_again(rows: int, delta: float) -> dict[str, float]:
-    """ε of what FLamby does at "ε = 1" in a hospital of that many training rows."""
+    """ε of what FLamby does at "ε = 1" in a hospital of that many training rows (Opacus 1.6 makes the noise)."""
     batches, steps = math.ceil(rows / BATCH), ROUNDS * UPDATES
     noise = opacus_noise(rows, delta)
 
@@ -204,7 +204,7 @@ def fedinfer(clinics: Sequence[Hospital], epsilon: float | None, *, pooled: bool
         unsafe_fit(net, *together, penalty=0.5 / len(together[1]))
     else:
         held = [together] if pooled else parts
-        train(net, held, chosen("heart", epsilon), examples=EXAMPLES, epsilon=epsilon)
+        train(net, held, chosen("heart", epsilon, len(held)), examples=EXAMPLES, epsilon=epsilon)
     with torch.no_grad():
         return score([net(one.public_x[1])[:, 0].double().numpy() for one in clinics], clinics)
 
@@ -300,7 +300,7 @@ def draw(
         means["fedinfer pooled, no privacy"][0], color="tab:blue", ls="--", lw=0.9, label="fedinfer, no privacy"
     )
     axis.axhline(PUBLISHED["pooled"], color="tab:red", ls="--", lw=0.9, label="FLamby pooled, no privacy (published)")
-    axis.set(xscale="log", xlabel="ε, true (δ = 1e-5)", ylabel="accuracy, mean over hospitals")
+    axis.set(xscale="log", xlabel="ε that is true (fedinfer: δ = 1e-5)", ylabel="accuracy, mean over hospitals")
     axis.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
     axis.minorticks_off()
     axis.grid(alpha=0.25)

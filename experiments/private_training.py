@@ -97,7 +97,7 @@ def train(net: nn.Module, parts: Sequence[Part], recipe: Recipe, *, examples: in
 
 def unsafe_fit(net: nn.Module, x: Tensor, y: Tensor, *, penalty: float) -> None:
     """The same linear model without privacy: the optimum of the mean loss and an L2 penalty, by L-BFGS."""
-    optimiser = torch.optim.LBFGS(net.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(net.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimiser.zero_grad()
