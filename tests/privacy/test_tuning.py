@@ -167,6 +167,13 @@ def test_poisson_agrees_with_googles_accountant(mean: float) -> None:
     assert ours == pytest.approx(accountant.get_epsilon(1e-6), rel=1e-3)
 
 
+def test_the_score_of_each_run_is_paid_for() -> None:
+    both = Tuned(training=Light(mu=0.3), score=Light(mu=0.4), runs=GEOMETRIC, delta=1e-6)
+    one = Tuned(training=Light(mu=0.5), score=FREE, runs=GEOMETRIC, delta=1e-6)
+    assert both.epsilon() == pytest.approx(one.epsilon())
+    assert both.rdp(5.0) == pytest.approx(one.rdp(5.0))
+
+
 @pytest.mark.parametrize("runs", RUNS, ids=str)
 def test_probabilities_are_those_of_the_distribution(runs: Runs) -> None:
     terms = []
