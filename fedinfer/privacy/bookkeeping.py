@@ -55,14 +55,22 @@ def clipped_gradient(
 
     `x` (B, ...) is one tensor, or a tuple of them that the model takes as its arguments; `y` is (B, ...).
 
-    The loss of an example, and all that the model makes of it, must come from that example alone. The first call on a
-    model with two examples or more sees to that with a second backward pass; a model that mixes or moves examples on
-    the way to its loss is then run on one example at a time, as are models with parameters outside the layers that
-    `layers.py` knows. What no gradient shows, such as a division by a detached mean of the batch, is not seen.
+    The loss of an example, and all that the model makes of it, must come from that example alone. The first call with
+    a model, a loss and two examples or more sees to that by a second backward pass, and again when modules or training
+    modes have changed. A model that mixes or moves examples on the way to its loss is then run on each example alone,
+    as are models with parameters outside the layers that `layers.py` knows. What no gradient shows, such as a division
+    by a detached mean of the batch, is not seen. While this runs, no other thread may use the model.
+
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.eye(2), model.weight[0].detach() + torch.tensor([9.0, 0.5])
+        >>> sums = clipped_gradient(model, lambda out, y: (out[:, 0] - y) ** 2 / 2, x, y, clip_norm=1.0)
+        >>> [round(float(each), 3) for each in sums["weight"][0]], sums.below_clip
+        ([-1.0, -0.5], 1)
 
     Guarantees: one example changes the result by at most `clip_norm` in L2 norm, up to the rounding of the sum; an
     example whose gradient is not finite contributes zero; no examples give zeros; the model stays as it is.
-    Raises: BadUsage if a layer mixes examples or keeps what it saw of them; ShapeMismatch.
+    Raises: BadUsage if a layer mixes examples or keeps what it saw of them, or for a parameter that is not float32 or
+    float64; ShapeMismatch if inputs, targets and losses are not as many.
     Reference: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """
     if not CLIP_NORMS[0] <= clip_norm <= CLIP_NORMS[1]:

@@ -1,9 +1,9 @@
 """One forward and one backward pass over a batch, and what they tell of each example's gradients.
 
-A pass over all examples tells them apart only where row i of every layer is example i. The first call on a model
-with two examples or more finds out: with a weight on each loss, the gradients of row i must all be scaled by weight i,
-at every layer and at the inputs. A layer that saw all examples, rows that were moved and losses that share something
-fail this.
+A pass over all examples tells them apart only where row i of every layer is example i. The first call with a model, a
+loss and two examples or more finds out: with a weight on each loss, the gradients of row i must all be scaled by
+weight i, at every layer and at the inputs. A layer that saw all examples, rows that were moved and losses that share
+something fail this.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from fedinfer.privacy.uses import Use, combined
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 GOLDEN = 0.6180339887498949
-# The state of each model when its examples were found to be apart.
+# The state of each model, and which loss it had, when its examples were found to be apart.
 _APART: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
 
 
@@ -33,7 +33,9 @@ def uses_by_name(
     """
     if not structure.known:
         return None
-    unsure = y.shape[0] > 1 and _APART.get(model) != structure.state
+    # Losses made anew at each call, as lambdas are, have the same code.
+    state = (*structure.state, id(getattr(loss_fn, "__code__", loss_fn)))
+    unsure = y.shape[0] > 1 and _APART.get(model) != state
     watched: list[Tensor] = []
     if unsure:
         watched = [each.detach().requires_grad_() for each in inputs if each.is_floating_point()]
@@ -66,7 +68,7 @@ def uses_by_name(
         axes = [run.batch_axis for run in runs] + [0] * len(watched)
         if not all(_is_scaled(*each, weights) for each in zip(flows, again, axes, strict=True)):
             return None
-        _APART[model] = structure.state
+        _APART[model] = state
     uses: dict[int, list[Use]] = {}
     for run, flow in zip(runs, flows, strict=False):
         if flow is not None:
