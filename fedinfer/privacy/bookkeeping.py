@@ -1,8 +1,9 @@
 """Sums of clipped per-example gradients, at about the cost of one ordinary gradient.
 
-One forward and one backward pass give what went into each layer and the gradients at its outputs; the norms of the
-examples' gradients follow from these (`uses.py`), and the clipped sums are products weighted by the clip factors.
-Models for which this is not right, or cannot be seen to be, take the slower ways of `instances.py`.
+One forward and one backward pass (`passes.py`) give what went into each layer and the gradients at its outputs. The
+norms of the examples' gradients follow from these, and the clipped sums are products weighted by the clip factors
+(`uses.py`, `products.py`, `lookups.py`). Models for which this is not right, or cannot be seen to be, take the slower
+ways of `instances.py`.
 
 Reference: Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038 (book-keeping).
 """

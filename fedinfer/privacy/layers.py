@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedinfer.privacy.lookups import Tokens
+from fedinfer.privacy.products import Patches, Products, Rows, Terms
 from fedinfer.privacy.recurrent import Edge, edge_of, unrolled
-from fedinfer.privacy.uses import Laid, Patches, Products, Rows, Terms, Tokens, Use
+from fedinfer.privacy.uses import Laid, Use
 
 Uses = Sequence[tuple[Tensor | None, Use]]
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fedinfer.errors import ShapeMismatch
 from fedinfer.privacy.layers import Recorder
+from fedinfer.privacy.products import combined
 from fedinfer.privacy.structure import Structure
-from fedinfer.privacy.uses import Use, combined
+from fedinfer.privacy.uses import Use
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 GOLDEN = 0.6180339887498949

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from fedinfer.errors import BadUsage, ShapeMismatch
 from fedinfer.privacy import clipped_gradient
 from fedinfer.privacy.bookkeeping import MARGIN
-from fedinfer.privacy.uses import Products, Terms
+from fedinfer.privacy.products import Products, Terms
 
 STEPS = 5
 
