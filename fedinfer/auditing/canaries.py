@@ -23,10 +23,12 @@ FAINT = 1e-3
 MANY_EXAMPLES = "1,000 examples"
 
 
-def plan_for(subject: Subject, *, steps: int, divisor: float, rate: float = RATE, delta: float = DELTA) -> PrivacyPlan:
-    """The plan that a subject is given: ε = 1 over `steps`; everybody takes part where it does not sample."""
+def plan_for(
+    subject: Subject, *, steps: int, divisor: float, rate: float = RATE, epsilon: float = EPSILON
+) -> PrivacyPlan:
+    """The plan that a subject is given, with `epsilon` for all steps; everybody takes part where it does not sample."""
     return PrivacyPlan.calibrate(
-        epsilon=EPSILON,
+        epsilon=epsilon,
         delta=DELTA,
         steps=steps,
         unit=subject.unit,

@@ -90,7 +90,8 @@ def _train(
     while done < steps and epoch != epochs:
         for x, y in loader:
             optimizer.zero_grad()
-            functional.binary_cross_entropy_with_logits(model(x)[:, 0], y).backward()
+            loss: torch.Tensor = functional.binary_cross_entropy_with_logits(model(x)[:, 0], y)
+            torch.autograd.backward(loss)
             optimizer.step()
             released.append(_flat(parameter.grad for parameter in optimizer.params) * plan.divisor)
             done += 1

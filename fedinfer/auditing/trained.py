@@ -6,8 +6,9 @@ canaries that do not disturb each other is the strongest there is, and says noth
 
 from dataclasses import dataclass
 
-from fedinfer.auditing.audits import SHOWN_ERROR, Streams, canary_scores
 from fedinfer.auditing.canaries import axes, some_present
+from fedinfer.auditing.findings import SHOWN_ERROR, Streams
+from fedinfer.auditing.games import canary_scores
 from fedinfer.auditing.subjects import ClientUpdates, Training
 from fedinfer.errors import BadUsage
 from fedinfer.privacy import os_noise

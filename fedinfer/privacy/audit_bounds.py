@@ -20,22 +20,23 @@ from fedinfer.errors import BadUsage
 from fedinfer.privacy.accounting import epsilon_of, gaussian_epsilon
 
 Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
-# From false alarms and misses at each threshold, and the runs of both worlds, to what they prove.
-Bound = Callable[[Counts, Counts, tuple[int, int]], Floats]
+# From bounds on false alarms and misses, one for each threshold, to what they prove.
+Bound = Callable[[Floats, Floats], Floats]
 # Nobody asks whether ε is 30 or 40.
 MOST = 30.0
 TAIL_POINTS = 200
+FAR = 1e300
 # Where the trade-off curve of a sampled mechanism is looked at, as δ, and between which noise multipliers.
-CURVE = (1e-1, 3e-1, 2e-2, 3e-3, 3e-4)
-LEAST_SAMPLED_NOISE, MOST_SAMPLED_NOISE = 0.35, 300.0
+CURVE = (1e-1, 1e-2, 1e-3)
+LEAST_SAMPLED_NOISE, MOST_SAMPLED_NOISE = 0.5, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Game:
     """Scores of a distinguishing game: one number a run, from runs without and with the canary.
 
-    The runs of a world must be independent of each other. Half of them choose the threshold, the rest are counted.
+    The runs of a world must be independent of each other. Half of them choose the threshold, the rest are counted. A
+    score that is not a number is a guess like any other: the run was poisoned.
     """
 
     without: NDArray[np.floating[Any]] = field(repr=False)
@@ -48,101 +49,61 @@ class Game:
     def epsilon_lower(self, *, delta: float, error: float) -> float:
         """ε that any mechanism with these answers has at least: the rates are bounded by Clopper and Pearson.
 
-        Assumes nothing. For a mechanism that is (ε, δ)-private, whichever way round the two worlds are taken,
-        P[guess | present] ≤ e^ε P[guess | without] + δ.
+        Assumes nothing: an (ε, δ)-private mechanism has P[guess | present] ≤ e^ε P[guess | without] + δ, whichever
+        way round the worlds are taken.
         """
 
-        def bound(false_alarms: Counts, misses: Counts, runs: tuple[int, int]) -> Floats:
-            without, present = runs
-            alarm = _upper(false_alarms, without, error / 2)
-            hit = 1.0 - _upper(misses, present, error / 2)
-            shy = _upper(misses, present, error / 2)
-            quiet = 1.0 - _upper(false_alarms, without, error / 2)
-            return np.maximum(_log_ratio(hit - delta, alarm), _log_ratio(quiet - delta, shy))
+        def bound(alarm: Floats, miss: Floats) -> Floats:
+            return np.maximum(_log_ratio(1.0 - miss - delta, alarm), _log_ratio(1.0 - alarm - delta, miss))
 
-        return self._best(bound)
+        return min(MOST, max(0.0, float(bound(*self._rates(bound, error))[0])))
 
     def gaussian_epsilon_lower(self, *, delta: float, error: float) -> float:
-        """ε of the least private Gaussian mechanism that these answers do not rule out from below.
+        """ε of the most private Gaussian mechanism that these answers do not rule out. It is nearly tight.
 
-        Assumes that the trade-off between false alarms and misses is a Gaussian mechanism's, which has one
-        parameter μ: true of Gaussian noise without sampling, whatever the number of steps. It is nearly tight.
-        Reference: Nasr et al. 2023, arXiv:2302.07956, section 4.
+        Assumes that false alarms and misses trade off as a Gaussian mechanism's do, which has one parameter μ: true
+        of Gaussian noise without sampling, whatever the number of steps.
+        Reference: Nasr et al. 2023, arXiv:2302.07956.
         """
-
-        alarm, miss = self._rates(error)
-        mu = float(-ndtri(alarm) - ndtri(miss))
+        mu = float(_gaussian_mu(*self._rates(_gaussian_mu, error))[0])
         return min(MOST, gaussian_epsilon(mu=mu, delta=delta)) if mu > 0.0 else 0.0
 
     def sampled_epsilon_lower(self, *, rate: float, steps: int, delta: float, error: float) -> float:
-        """ε of the least private sampled Gaussian mechanism that these answers do not rule out from below.
+        """ε of the most private sampled Gaussian mechanism that these answers do not rule out. It is nearly tight.
 
-        Assumes `steps` Gaussian releases on Poisson samples at `rate`, and that their noise alone is not known.
-        Noise is ruled out if at some δ the answers would take a larger ε than it has. It is nearly tight.
+        Assumes `steps` Gaussian releases on Poisson samples at `rate`, of which the noise alone is not known. Some
+        noise, and all above it, is ruled out if at some δ the answers would take a larger ε than it has.
         """
-        alarm, miss = self._rates(error)
+        rates = self._rates(_gaussian_mu, error)
+        alarm, miss = (float(rate_of[0]) for rate_of in rates)
 
         def spent(noise: float, at: float) -> float:
             return epsilon_of(noise_multiplier=noise, sampling_rate=rate, steps=steps, delta=at)
 
         def ruled_out(noise: float) -> bool:
-            for at in CURVE:
-                factor = math.exp(spent(noise, at))
-                if max(1.0 - miss - factor * alarm, 1.0 - alarm - factor * miss) > at:
-                    return True
-            return False
+            factors = ((at, math.exp(spent(noise, at))) for at in CURVE)
+            return any(max(1.0 - miss - e * alarm, 1.0 - alarm - e * miss) > at for at, e in factors)
 
         low, high = LEAST_SAMPLED_NOISE, MOST_SAMPLED_NOISE
-        if ruled_out(low):
-            return MOST
         if not ruled_out(high):
             return 0.0
-        while high / low > 1.005:
+        if ruled_out(low):
+            return min(MOST, spent(low, delta))
+        while high / low > 1.01:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if ruled_out(middle) else (middle, high)
         return min(MOST, spent(high, delta))
 
-    def _rates(self, error: float) -> tuple[float, float]:
-        """Upper bounds on false alarms and misses, at the threshold that is best against a Gaussian mechanism."""
-
-        def bound(false_alarms: Counts, misses: Counts, runs: tuple[int, int]) -> Floats:
-            mu: Floats = -ndtri(_upper(false_alarms, runs[0], error / 2)) - ndtri(_upper(misses, runs[1], error / 2))
-            return mu
-
-        false_alarms, misses, runs = self._counted(bound)
-        alarm, miss = _upper(false_alarms, runs[0], error / 2), _upper(misses, runs[1], error / 2)
-        return float(alarm[0]), float(miss[0])
-
-    def _best(self, bound: Bound) -> float:
-        return max(0.0, float(bound(*self._counted(bound))[0]))
-
-    def _counted(self, bound: Bound) -> tuple[Counts, Counts, tuple[int, int]]:
-        """What the second half answers at the threshold that is best, by `bound`, on the first."""
-        choosing, counting = (self._half(start) for start in (0, 1))
-        tails = np.concatenate([np.logspace(-5, -0.3, TAIL_POINTS), 1.0 - np.logspace(-5, -0.3, TAIL_POINTS)])
-        pooled = np.quantile(np.concatenate(choosing), tails)
+    def _rates(self, bound: Bound, error: float) -> tuple[Floats, Floats]:
+        """Upper bounds (1,) on false alarms and misses, at the threshold where `bound` is largest on the first half."""
+        choosing, counting = ([_finite(world[start::2]) for world in (self.without, self.present)] for start in (0, 1))
+        tails = np.logspace(-5, -0.3, TAIL_POINTS)
+        levels = np.concatenate([tails, 1.0 - tails])
         # Halfway between all scores of one world and all of the other, should they be apart.
-        gap = (max(choosing[0]) + min(choosing[1])) / 2.0
-        thresholds = np.unique(np.concatenate([*(np.quantile(half, tails) for half in choosing), pooled, [gap]]))
-        found = bound(*self._count(choosing, thresholds))
-        return self._count(counting, thresholds[[int(np.argmax(found))]])
-
-    def _half(self, start: int) -> tuple[Floats, Floats]:
-        # A score that is not a number is a guess like any other: the run was poisoned.
-        clean = [np.nan_to_num(s[start::2].astype(np.float64), nan=np.finfo(np.float64).max / 8) for s in self._worlds]
-        bounded = [np.clip(s, -1e300, 1e300) for s in clean]
-        return bounded[0], bounded[1]
-
-    @property
-    def _worlds(self) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
-        return self.without, self.present
-
-    @staticmethod
-    def _count(halves: tuple[Floats, Floats], thresholds: Floats) -> tuple[Counts, Counts, tuple[int, int]]:
-        without, present = (np.sort(half) for half in halves)
-        false_alarms = len(without) - np.searchsorted(without, thresholds, side="right")
-        misses = np.searchsorted(present, thresholds, side="right")
-        return false_alarms, misses, (len(without), len(present))
+        gap = (choosing[0].max() / 2.0 + choosing[1].min() / 2.0)[None]
+        thresholds = np.concatenate([*(np.quantile(half, levels) for half in choosing), gap])
+        best = int(np.argmax(bound(*_upper_rates(choosing, thresholds, error))))
+        return _upper_rates(counting, thresholds[[best]], error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +132,7 @@ class Guesses:
         """The largest ε at which so many right guesses have probability at most `error`.
 
         Assumes nothing but that each canary was in or out by a fair coin of its own.
-        Reference: Steinke, Nasr and Jagielski 2023, arXiv:2305.08846, theorem 5.2 and corollary.
+        Reference: Steinke, Nasr and Jagielski 2023, arXiv:2305.08846.
         """
         if self.chance(0.0, delta=delta) > error:
             return 0.0
@@ -190,11 +151,32 @@ class Guesses:
         return min(1.0, float(at_least[0]) + 2.0 * self.canaries * delta * slope)
 
 
-def _upper(counts: Counts, runs: int, error: float) -> Floats:
-    """An upper bound on a probability of which `counts` of `runs` were seen, wrong with probability `error`."""
+def _finite(scores: NDArray[np.floating[Any]]) -> Floats:
+    return np.nan_to_num(scores.astype(np.float64), nan=FAR, posinf=FAR, neginf=-FAR)
+
+
+def _gaussian_mu(alarm: Floats, miss: Floats) -> Floats:
+    mu: Floats = -ndtri(alarm) - ndtri(miss)
+    return mu
+
+
+def _upper_rates(worlds: list[Floats], thresholds: Floats, error: float) -> tuple[Floats, Floats]:
+    """Upper bounds on false alarms and misses at each threshold, both right with probability 1 - `error`."""
+    without, present = (np.sort(world) for world in worlds)
+    false_alarms = len(without) - np.searchsorted(without, thresholds, side="right")
+    misses = np.searchsorted(present, thresholds, side="right")
+    return _upper(false_alarms, len(without), error / 2), _upper(misses, len(present), error / 2)
+
+
+def _upper(counts: NDArray[np.int64], runs: int, error: float) -> Floats:
+    """An upper bound on a probability of which `counts` of `runs` were seen, wrong with probability `error`.
+
+    Reference: Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404.
+    """
     some = np.minimum(counts, runs - 1)
     return np.where(counts >= runs, 1.0, betaincinv(some + 1.0, np.asarray(runs - some, np.float64), 1.0 - error))
 
 
 def _log_ratio(above: Floats, below: Floats) -> Floats:
-    return np.log(np.maximum(above, 1e-300) / np.maximum(below, 1e-300))
+    ratio: Floats = np.log(np.maximum(above, 1e-300)) - np.log(np.maximum(below, 1e-300))
+    return ratio
