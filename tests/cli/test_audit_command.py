@@ -37,8 +37,7 @@ def test_a_fault_of_ours_and_a_mutant_that_passes_are_errors(run: Run, monkeypat
     assert done.code == 1
     assert "fedinfer: noise: σ is 0.0000 of what is declared" in done.out
     assert "FAIL σ 0.000" in done.out
-    monkeypatch.undo()
-    monkeypatch.setattr(audit, "QUICK", SMALL)
+    monkeypatch.setattr(audit, "TARGETS", {"ours": lambda: ()})
     monkeypatch.setattr(audit, "mutants", lambda: (Training(name="nothing wrong"),))
     done = run("audit", "--quick", "--mutants")
     assert done.code == 1
