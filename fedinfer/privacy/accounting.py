@@ -126,19 +126,19 @@ def least_noise(spent: Callable[[float], float], epsilon: float, *, start: float
     kept = _read_number(place)
     if kept is not None and LEAST_NOISE <= kept <= MOST_NOISE and answers(kept):
         return kept
-    noise = _search(spent, epsilon, start)
+    noise = _search(spent, epsilon, start, question.get("steps", 1))
     # A cache that cannot be written costs time, and nothing else.
     with suppress(OSError):
         replace_file(place, json.dumps(noise).encode())
     return noise
 
 
-def _search(spent: Callable[[float], float], epsilon: float, start: float) -> float:
+def _search(spent: Callable[[float], float], epsilon: float, start: float, steps: int) -> float:
     high = max(1.0, start)
     while (at_high := spent(high)) > epsilon:
         high *= 2.0
         if high > MOST_NOISE:
-            raise BadUsage(f"epsilon: got {epsilon:g}, too small for so many steps; use fewer, or a larger epsilon")
+            raise BadUsage(f"epsilon: got {epsilon:g}, too small for {steps} steps; use fewer, or a larger epsilon")
     low = high / 2.0
     while (at_low := spent(low)) <= epsilon:
         high, at_high, low = low, at_low, low / 2.0
