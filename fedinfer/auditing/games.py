@@ -4,7 +4,7 @@ Games score each canary of a run as a run of its own. That assumes that noise is
 that units are sampled independently, which the audits of noise and sampling test in the same report.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,8 @@ def audit_two_runs(subject: Subject, size: Size, streams: Streams) -> Finding:
     rates = (RATE, 1.0) if subject.sampled else (1.0,)
     proofs = [_canary_game(subject, size, streams, rate) for rate in rates]
     worst = max(proofs, key=lambda proof: (not proof.holds, proof.shown / proof.claimed))
-    return _finding("two runs", subject, worst)
+    found = _finding("two runs", subject, worst)
+    return replace(found, says=f"after {GAME_STEPS} steps {found.says}")
 
 
 def _canary_game(subject: Subject, size: Size, streams: Streams, rate: float) -> Proof:

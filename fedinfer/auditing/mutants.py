@@ -1,6 +1,6 @@
 """Our training step with one mistake each, as they are found in the field: `fedinfer audit --mutants` must catch all.
 
-They are here so that whoever relies on the audit can see that it works. Nothing else imports this file.
+They are here so that whoever relies on the audit can see that it works. Nothing but that command imports this file.
 """
 
 from collections.abc import Iterable
