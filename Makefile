@@ -9,7 +9,7 @@ demo: .venv/.installed
 	$(BIN)/fedinfer demo $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
