@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import logit
 from torch import nn
 
 from fedinfer.arrays import Vector, unflatten
 from fedinfer.data import Table
-from fedinfer.errors import BadUsage
 from fedinfer.models import ModelSpec
 from fedinfer.privacy import NoiseStream
 from fedinfer.privacy.evaluation import EvaluationRelease
-from fedinfer.training import logistic_loss
+from fedinfer.privacy.row_by_row import row_by_row
+from fedinfer.training import check_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,7 @@ class EvaluationTask:
     release: EvaluationRelease
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.weights).all():
-            raise BadUsage("weights: got NaN or infinity, expected finite numbers")
+        check_weights(self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,17 @@ class EvaluationReply:
 def private_evaluation(task: EvaluationTask, net: nn.Module, table: Table, stream: NoiseStream) -> EvaluationReply:
     """Score every row and count the scores by label, with the noise of the task's release.
 
+    Each row is computed as if it were alone. Scores are put into their bins by their logits: a sigmoid may round
+    differently at the end of a batch, and a server may choose weights that put many rows on the edge of a bin.
+
     Guarantees: those of `EvaluationRelease`.
     """
+    net = row_by_row(net).double().eval()
     net.load_state_dict(unflatten(task.weights, net.state_dict()))
     with torch.inference_mode():
-        output = net.float().eval()(torch.from_numpy(table.features))
-        losses = logistic_loss(output, torch.from_numpy(table.labels))
-        scores = torch.sigmoid(output[:, 0].double())
-    counts = task.release.counts(scores.numpy(), table.labels, losses.double().numpy(), stream)
-    return EvaluationReply(counts=counts, void=stream.void)
+        logits = net(torch.from_numpy(table.features).double())[:, 0].numpy()
+    bins = task.release.bins
+    edges = logit(np.arange(1, bins) / bins)
+    middles = (np.searchsorted(edges, logits, side="right") + 0.5) / bins
+    losses = np.logaddexp(0.0, (1.0 - 2.0 * table.labels.astype(np.float64)) * logits)
+    return EvaluationReply(counts=task.release.counts(middles, table.labels, losses, stream), void=stream.void)

@@ -15,6 +15,10 @@ from fedinfer.errors import BadUsage
 from fedinfer.models import ModelSpec
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient
 from fedinfer.privacy.clipping import clip_update
+from fedinfer.privacy.row_by_row import row_by_row
+
+# No trained model comes near it, and no square of what it makes overflows.
+MAX_WEIGHT = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,7 @@ class StepTask:
     def __post_init__(self) -> None:
         if self.round < 1:
             raise BadUsage(f"round: got {self.round}, expected at least 1")
-        if not np.isfinite(self.weights).all():
-            raise BadUsage("weights: got NaN or infinity, expected finite numbers")
+        check_weights(self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,18 @@ class StepReply:
     void: bool
 
 
+def check_weights(weights: Vector) -> None:
+    """Raises: BadUsage for weights with which a network would overflow."""
+    if not (np.isfinite(weights).all() and np.abs(weights).max(initial=0.0) <= MAX_WEIGHT):
+        raise BadUsage(f"weights: got NaN, infinity or a number beyond {MAX_WEIGHT:g}, expected ordinary weights")
+
+
 def logistic_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Per-example logistic loss (B,) of logits (B, 1) against targets (B,) of 0 and 1."""
-    return functional.binary_cross_entropy_with_logits(output[:, 0], target, reduction="none")
+    """Per-example logistic loss (B,) of logits (B, 1) against targets (B,) of 0 and 1.
+
+    Its gradient is one sigmoid, and not a difference: near a target a difference keeps nothing but rounding.
+    """
+    return functional.softplus((1.0 - 2.0 * target) * output[:, 0], threshold=40.0)
 
 
 def private_step(task: StepTask, net: nn.Module, table: Table, stream: NoiseStream) -> StepReply:
@@ -57,8 +69,8 @@ def private_step(task: StepTask, net: nn.Module, table: Table, stream: NoiseStre
 
     Where the plan's unit is the client, the mean gradient over all rows is what is clipped, whole.
 
-    It computes in double precision: in single precision one row more can change how all others are rounded, and a
-    sum of many rows would then move by more than the clip norm.
+    Each row is computed as if it were alone (`row_by_row.py`), because a server may choose weights for which the last
+    bit decides, and in double precision, so that the rounding of the sum is far below the margin of the clip.
 
     Guarantees: those of `PrivacyPlan`; the reply depends on no row that was not sampled.
     """
@@ -91,7 +103,7 @@ def _clipped_mean(task: StepTask, plan: PrivacyPlan, net: nn.Module, table: Tabl
 def _clipped_sum(
     task: StepTask, plan: PrivacyPlan, net: nn.Module, table: Table, stream: NoiseStream
 ) -> NDArray[np.floating[Any]]:
-    _set_weights(net.double(), task.weights)
+    _set_weights(row_by_row(net).double(), task.weights)
     chosen = torch.from_numpy(plan.sample(len(table), stream, step=task.round))
     x, y = torch.from_numpy(table.features)[chosen].double(), torch.from_numpy(table.labels)[chosen].double()
     sums = clipped_gradient(net, logistic_loss, x, y, clip_norm=plan.clip_norm)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from fedinfer.privacy.lookups import Tokens
 from fedinfer.privacy.products import Patches, Products, Rows, Terms
 from fedinfer.privacy.recurrent import Edge, edge_of, unrolled
+from fedinfer.privacy.row_by_row import RowByRow, product
 from fedinfer.privacy.uses import Laid, Use
 
 Uses = Sequence[tuple[Tensor | None, Use]]
@@ -89,6 +90,15 @@ def _linear(recorder: Recorder, layer: nn.Linear, input: Tensor) -> Tensor:
         return nn.Linear.forward(layer, input)
     own = _stand_ins(layer)
     output = functional.linear(input, own["weight"], own.get("bias"))
+    recorder.keep(edge_of(output), input, partial(_of_linear, layer.weight, layer.bias))
+    return output
+
+
+def _row_by_row(recorder: Recorder, layer: RowByRow, input: Tensor) -> Tensor:
+    if input.dim() != 2 or input.shape[0] != recorder.examples:
+        return RowByRow.forward(layer, input)
+    own = _stand_ins(layer)
+    output = product(input, own["weight"], own.get("bias"))
     recorder.keep(edge_of(output), input, partial(_of_linear, layer.weight, layer.bias))
     return output
 
@@ -190,6 +200,7 @@ def _recurrent(recorder: Recorder, layer: Any, input: Any, hx: Any = None) -> An
 
 LAYERS: Mapping[type[nn.Module], Callable[..., Any]] = {
     nn.Linear: _linear,
+    RowByRow: _row_by_row,
     nn.Conv1d: _convolution,
     nn.Conv2d: _convolution,
     nn.Embedding: _embedding,
