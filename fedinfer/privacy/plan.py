@@ -52,6 +52,9 @@ MAX_STEPS = 100_000
 MAX_DIMENSION = 1 << 26
 # Steps times (rate / noise)²: ε is in the hundreds here, and a device would spend minutes accounting for much more.
 MAX_LEAK = 1000.0
+CLIP_NORMS = (1e-12, 1e12)
+# The Fourier transforms behind a loss distribution round at about 1e-13.
+LEAST_DELTA = 1e-10
 GRID_SIGMA = 1 << 40
 GRID_SLACK = 1e-8
 # A sum further out is cut off there. Below it floats are at most 16 cells apart.
@@ -98,6 +101,12 @@ class PrivacyPlan:
         check_positive("noise multiplier", self.noise_multiplier)
         check_positive("divisor", self.divisor)
         check_delta(self.delta)
+        if not CLIP_NORMS[0] <= self.clip_norm <= CLIP_NORMS[1]:
+            raise BadUsage(f"clip norm: got {self.clip_norm}, expected {CLIP_NORMS[0]:g} to {CLIP_NORMS[1]:g}")
+        if self.delta < LEAST_DELTA:
+            raise BadUsage(
+                f"delta: got {self.delta:g}, expected at least {LEAST_DELTA:g}; below it rounding tells more"
+            )
         if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
             raise BadUsage(f"steps: got {self.steps}, expected a whole number from 1 to {MAX_STEPS}")
         if type(self.min_honest) is not int or self.min_honest < 1:

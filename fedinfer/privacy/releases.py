@@ -8,6 +8,7 @@ Metrics are releases like any other: what is not named here (a shape, an error, 
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -205,8 +206,8 @@ class ScalarRelease:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.high - self.low < math.inf:
-            raise BadUsage(f"bounds: got {self.low} and {self.high}, expected finite numbers, the lower first")
+        if not sys.float_info.min < (self.high - self.low) / 2 < math.inf:
+            raise BadUsage(f"bounds: got {self.low} and {self.high}, expected finite numbers apart, the lower first")
         if not self.low <= self.default <= self.high:
             raise BadUsage(f"default: got {self.default}, expected a number from {self.low} to {self.high}")
         check_sigma(self.sigma)

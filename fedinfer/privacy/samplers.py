@@ -17,6 +17,8 @@ from fedinfer.privacy.noise import NoiseStream
 
 Relation = Literal["add or remove one", "replace one", "add or remove one, slots fixed"]
 Indices = NDArray[np.int64]
+# Uniform numbers have 52 bits: a rate near their last would not be what is sampled.
+LEAST_RATE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,8 @@ class Poisson:
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.rate <= 1.0:
-            raise BadUsage(f"sampling rate: got {self.rate}, expected more than 0 and at most 1")
+        if not LEAST_RATE <= self.rate <= 1.0:
+            raise BadUsage(f"sampling rate: got {self.rate}, expected {LEAST_RATE:g} to 1")
 
     @property
     def relation(self) -> Relation:

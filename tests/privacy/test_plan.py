@@ -15,7 +15,7 @@ from fedinfer import privacy
 from fedinfer.errors import BadUsage, ShapeMismatch
 from fedinfer.privacy import Cyclic, FixedSize, NoiseStream, Poisson, PrivacyPlan, insecure_seeded_noise
 from fedinfer.privacy.accounting import epsilon_of, fixed_size_rdp, gaussian_delta, gaussian_epsilon
-from fedinfer.privacy.plan import GRID_SIGMA, Adversary
+from fedinfer.privacy.plan import GRID_SIGMA, MAX_DIMENSION, Adversary, _on_grid
 from fedinfer.privacy.samplers import Sampler, sampler_from_json
 
 PLAN = PrivacyPlan(clip_norm=2.0, noise_multiplier=3.0, sampler=Poisson(rate=0.25), delta=1e-5, steps=10, divisor=50.0)
@@ -157,6 +157,25 @@ def test_renyi_divergences_dominate_the_loss_distribution(order: float) -> None:
         assert epsilon >= plan.epsilon()
 
 
+def test_the_account_pays_for_the_grid() -> None:
+    assert _on_grid(4.0) == 4.0 / (1.0 + 4.0 * 32 * np.sqrt(MAX_DIMENSION) / 2.0**40)
+    for plan in (PLAN, CLIENTS, replace(CLIENTS, sampler=FixedSize(size=30, population=100))):
+        noise, steps = _on_grid(plan.noise_multiplier), plan.steps
+        assert plan.epsilon() >= 1e-8 + plan_without_grid(plan, noise)
+    mu = CLIENTS.gdp()
+    assert mu is not None
+    assert mu >= np.sqrt(steps) / noise > np.sqrt(steps) / CLIENTS.noise_multiplier
+
+
+def plan_without_grid(plan: PrivacyPlan, noise: float) -> float:
+    """ε of the Gaussian mechanism itself, of that noise."""
+    if isinstance(plan.sampler, FixedSize):
+        return gaussian_epsilon(mu=2 * np.sqrt(plan.steps) / noise, delta=plan.delta)
+    if plan.unit == "client":
+        return gaussian_epsilon(mu=np.sqrt(plan.steps) / noise, delta=plan.delta)
+    return epsilon_of(noise_multiplier=noise, sampling_rate=plan.sampler.rate, steps=plan.steps, delta=plan.delta)
+
+
 def test_only_a_plain_gaussian_is_gdp() -> None:
     assert PLAN.gdp() is None
     assert replace(CLIENTS, adversary="outsider").gdp() is None
@@ -171,6 +190,10 @@ def test_only_a_plain_gaussian_is_gdp() -> None:
     [
         {"clip_norm": 0.0},
         {"clip_norm": float("nan")},
+        {"clip_norm": 1e-300},
+        {"clip_norm": 1e20},
+        {"delta": 1e-11},
+        {"sampler": {"kind": "poisson", "rate": 1e-12}},
         {"noise_multiplier": -1.0},
         {"noise_multiplier": 1e7},
         {"sampler": {"kind": "poisson", "rate": 0.0}},

@@ -229,6 +229,7 @@ def test_what_cannot_be_is_refused() -> None:
         lambda: CountRelease.calibrate(epsilon=1e-9, delta=1e-9),
         lambda: ScalarRelease(low=1.0, high=1.0, default=1.0, sigma=1.0, delta=1e-6),
         lambda: ScalarRelease(low=0.0, high=math.inf, default=1.0, sigma=1.0, delta=1e-6),
+        lambda: ScalarRelease(low=0.0, high=5e-324, default=0.0, sigma=1.0, delta=1e-6),
         lambda: ScalarRelease(low=0.0, high=1.0, default=math.nan, sigma=1.0, delta=1e-6),
     ):
         with pytest.raises(BadUsage, match="got"):
