@@ -11,7 +11,8 @@
     ├── PrivacyError
     │   ├── BudgetExceeded        the ledger refuses; nothing was released, nothing was spent
     │   ├── LedgerError           the ledger file is missing, corrupt or does not verify
-    │   └── UnprotectedRefused    a server asked for a release without a privacy plan
+    │   ├── UnprotectedRefused    a server asked for a release without a privacy plan
+    │   └── ProtocolViolation     a message of a secure sum that no honest peer sends; nothing was revealed for it
     ├── WireError                 bytes that are not a message of ours
     │   ├── MessageTooLarge
     │   └── UnsupportedVersion
@@ -77,6 +78,10 @@ class LedgerError(PrivacyError):
 
 class UnprotectedRefused(PrivacyError):
     """A release without a privacy plan was asked of a device that does not allow it."""
+
+
+class ProtocolViolation(PrivacyError):
+    """A message of a secure sum that no honest peer sends, or out of turn: nothing was revealed for it."""
 
 
 class WireError(FedinferError):

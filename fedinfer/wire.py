@@ -28,6 +28,17 @@ class Kind(IntEnum):
     ANSWER = 4
     ERROR = 5
     KEY_STORE = 6
+    SUM_COMMIT = 16
+    SUM_ROSTER = 17
+    SUM_OPENING = 18
+    SUM_OPENINGS = 19
+    SUM_OFFER = 20
+    SUM_INBOX = 21
+    SUM_MASKED = 22
+    SUM_SURVIVORS = 23
+    SUM_ENDORSEMENT = 24
+    SUM_QUORUM = 25
+    SUM_REVEAL = 26
 
 
 @dataclass(frozen=True, kw_only=True)
