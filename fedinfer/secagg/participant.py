@@ -1,0 +1,261 @@
+"""A member's side of the secure sum, after the set-up: local steps, values in, values out.
+
+    offer → masked → endorse → reveal        each round; the offer goes ahead of it, with the last round's messages
+
+A step that is refused raises, releases nothing and changes nothing. A step that is done is never done again: the state
+only advances. Nothing here is taken from the server that could be checked, and no number of the policy is.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fedinfer.errors import BadUsage, ProtocolViolation
+from fedinfer.secagg.alone import Alone
+from fedinfer.secagg.channels import BoxKeys, KeyPair, mask_seed, own_seed, seal, unseal
+from fedinfer.secagg.checks import MAX_ROUND
+from fedinfer.secagg.codec import Members
+from fedinfer.secagg.identities import Identity, check_signature
+from fedinfer.secagg.masks import SumSpec, Words, add_mask
+from fedinfer.secagg.round_messages import (
+    Endorsement,
+    Inbox,
+    Masked,
+    Offer,
+    Quorum,
+    Reveal,
+    Survivors,
+    context_of,
+    masked_said,
+    offer_header,
+    offer_said,
+    reveal_said,
+    seed_digest,
+    survivors_said,
+    vector_digest,
+)
+from fedinfer.secagg.session import Session
+from fedinfer.secagg.shamir import SECRET_BYTES, SHARE_BYTES, Entropy, check_share, split
+from fedinfer.secagg.transcripts import DIGEST_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Own:
+    """A round's own secrets, between the offer and the masked vector."""
+
+    key: KeyPair = field(repr=False)
+    seed: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Round:
+    """A round after the masked vector: its view, and the neighbours' shares of seeds and of keys."""
+
+    number: int
+    context: bytes
+    active: Members
+    seeds: Mapping[int, bytes] = field(repr=False)
+    keys: Mapping[int, bytes] = field(repr=False)
+    survivors: Members | None = None
+
+
+class Participant:
+    """One device in one session.
+
+    Guarantees: of one round at most one masked vector, one endorsement and one reveal leave it, and of one neighbour
+    the share of the seed or of the key, never both. Nothing but the masked vector depends on the input. No secret is
+    in a repr, an error or a pickle; a forked copy refuses to work.
+
+    Secrets are dropped as soon as they are not needed; Python does not promise that their memory is overwritten.
+    """
+
+    def __init__(
+        self, *, session: Session, member: int, identity: Identity, boxes: BoxKeys, entropy: Entropy = os.urandom
+    ) -> None:
+        self.session, self.member = session, member
+        self._identity, self._boxes, self._entropy = identity, boxes, entropy
+        self._own: dict[int, _Own] = {}
+        self._offered = 0
+        self._masked = 0
+        self._round: _Round | None = None
+        self._alone = Alone()
+
+    def __repr__(self) -> str:
+        return f"Participant(member={self.member})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a participant holds secrets and is not copied")
+
+    def offer(self, round: int) -> Offer:
+        """Fresh secrets for `round`, shared among the neighbours.
+
+        Raises: ProtocolViolation for a round that is not later than all that were offered for.
+        """
+        with self._alone():
+            if not self._offered < round <= MAX_ROUND:
+                raise ProtocolViolation(f"offer: got round {round}, expected one after {self._offered}")
+            session, neighbours = self.session, self.session.neighbours[self.member]
+            secret, seed = self._entropy(SECRET_BYTES), self._entropy(SECRET_BYTES)
+            own = _Own(key=KeyPair.of(secret), seed=seed)
+            digest = seed_digest(seed)
+            header = offer_header(
+                session=session.id, round=round, sender=self.member, mask_key=own.key.public, seed_digest=digest
+            )
+            shares = [
+                split(part, threshold=session.parameters.threshold, count=len(neighbours), entropy=self._entropy)
+                for part in (secret, seed)
+            ]
+            boxes = {
+                other: seal(self._boxes.to[other], round=round, header=header, text=key_share + seed_share)
+                for other, key_share, seed_share in zip(neighbours, *shares, strict=True)
+            }
+            self._offered = round
+            self._own[round] = own
+            return Offer(
+                session=session.id,
+                round=round,
+                member=self.member,
+                mask_key=own.key.public,
+                seed_digest=digest,
+                boxes=boxes,
+                signature=self._identity.sign(offer_said(header=header, boxes=boxes)),
+            )
+
+    def masked(self, inbox: Inbox, vector: Words, *, spec: SumSpec, model: bytes) -> Masked:
+        """`vector` (length,) under the masks of this round; `model` is the digest of what it was computed from.
+
+        Memory is that of one more vector. Another vector is never masked in this round.
+
+        Raises: ProtocolViolation for a round out of turn, too few members or neighbours, or a box that does not open;
+            BadUsage or ShapeMismatch for a vector outside `spec`, or a modulus too small for the session.
+        """
+        with self._alone():
+            session, number = self.session, inbox.round
+            own = self._own.get(number)
+            if inbox.session != session.id or own is None or number <= self._masked:
+                raise ProtocolViolation(
+                    f"round {number}: got it out of turn, expected an offered one after {self._masked}"
+                )
+            if len(model) != DIGEST_BYTES:
+                raise BadUsage(f"model digest: got {len(model)} bytes, expected {DIGEST_BYTES}")
+            spec.check_clients(session.parameters.clients)
+            words = vector.copy()
+            spec.check_vector(words)
+            round = self._read_inbox(
+                inbox,
+                context=context_of(
+                    session=session.id, round=number, model=model, spec=spec.digest(), active=inbox.active
+                ),
+            )
+            for delivery in inbox.deliveries:
+                pair = (self.member, delivery.sender)
+                seed = mask_seed(own.key, delivery.mask_key, context=round.context, pair=pair)
+                add_mask(words, seed, sign=1 if self.member < delivery.sender else -1)
+            add_mask(words, own_seed(own.seed, context=round.context, member=self.member), sign=1)
+            spec.reduce(words)
+            packed = spec.pack(words)
+            self._masked, self._round = number, round
+            self._own = {later: secrets for later, secrets in self._own.items() if later > number}
+            said = masked_said(context=round.context, member=self.member, vector=vector_digest(packed))
+            return Masked(
+                session=session.id,
+                round=number,
+                member=self.member,
+                context=round.context,
+                vector=packed,
+                signature=self._identity.sign(said),
+            )
+
+    def endorse(self, shown: Survivors) -> Endorsement:
+        """A signature under the survivors of the round: once, and only if this member is among enough of them.
+
+        Raises: ProtocolViolation for a second list, members who were not in the round, too few members or neighbours,
+            or a neighbour who did not mask under the same view.
+        """
+        with self._alone():
+            session = self.session
+            round = self._current(shown.session, shown.round)
+            if round.survivors is not None:
+                raise ProtocolViolation(f"survivors of round {round.number}: got a second list, expected one")
+            session.check_enough("survivors", shown.survivors)
+            if self.member not in shown.survivors or not set(shown.survivors) <= set(round.active):
+                raise ProtocolViolation("survivors: got a list without this member, or with some not in the round")
+            self._check_neighbours("receipts", shown.survivors, tuple(r.member for r in shown.receipts))
+            for receipt in shown.receipts:
+                said = masked_said(context=round.context, member=receipt.member, vector=receipt.vector)
+                check_signature(session.identity_keys[receipt.member], said, receipt.signature)
+            self._round = replace(round, survivors=shown.survivors)
+            said = survivors_said(context=round.context, survivors=shown.survivors)
+            return Endorsement(
+                session=session.id, round=round.number, member=self.member, signature=self._identity.sign(said)
+            )
+
+    def reveal(self, quorum: Quorum) -> Reveal:
+        """Shares of the seeds of surviving neighbours and of the keys of those who dropped out; then forget them.
+
+        Raises: ProtocolViolation unless a quorum of survivors signed the list that this member signed.
+        """
+        with self._alone():
+            session = self.session
+            round = self._current(quorum.session, quorum.round)
+            if round.survivors is None:
+                raise ProtocolViolation(f"quorum of round {round.number}: got it before a survivor list")
+            survivors = set(round.survivors)
+            if len(quorum.signatures) < session.parameters.quorum or not set(quorum.signatures) <= survivors:
+                raise ProtocolViolation(
+                    f"quorum of round {round.number}: got {len(quorum.signatures)} signatures, expected at least "
+                    f"{session.parameters.quorum}, of survivors alone"
+                )
+            said = survivors_said(context=round.context, survivors=round.survivors)
+            for member, signature in quorum.signatures.items():
+                check_signature(session.identity_keys[member], said, signature)
+            seeds = {member: share for member, share in round.seeds.items() if member in survivors}
+            keys = {member: share for member, share in round.keys.items() if member not in survivors}
+            self._round = None
+            said = reveal_said(context=round.context, member=self.member, seeds=seeds, keys=keys)
+            return Reveal(
+                session=session.id,
+                round=round.number,
+                member=self.member,
+                seeds=seeds,
+                keys=keys,
+                signature=self._identity.sign(said),
+            )
+
+    def _read_inbox(self, inbox: Inbox, *, context: bytes) -> _Round:
+        """The round, with the shares of each neighbour in it."""
+        session = self.session
+        session.check_enough("active members", inbox.active)
+        if self.member not in inbox.active:
+            raise ProtocolViolation("active members: got a list without this member")
+        self._check_neighbours("deliveries", inbox.active, tuple(delivery.sender for delivery in inbox.deliveries))
+        seeds, keys = {}, {}
+        for delivery in inbox.deliveries:
+            header = offer_header(
+                session=session.id,
+                round=inbox.round,
+                sender=delivery.sender,
+                mask_key=delivery.mask_key,
+                seed_digest=delivery.seed_digest,
+            )
+            text = unseal(self._boxes.back[delivery.sender], round=inbox.round, header=header, box=delivery.box)
+            keys[delivery.sender], seeds[delivery.sender] = text[:SHARE_BYTES], text[SHARE_BYTES:]
+            check_share(keys[delivery.sender])
+            check_share(seeds[delivery.sender])
+        return _Round(number=inbox.round, context=context, active=inbox.active, seeds=seeds, keys=keys)
+
+    def _check_neighbours(self, what: str, present: Members, named: Members) -> None:
+        """Raises: ProtocolViolation unless `named` are just the neighbours among `present`, and enough."""
+        session = self.session
+        there = set(present)
+        expected = tuple(member for member in session.neighbours[self.member] if member in there)
+        if named != expected or len(expected) < session.parameters.threshold:
+            raise ProtocolViolation(
+                f"{what}: got {len(named)} neighbours, expected all {len(expected)} who take part, and at least "
+                f"{session.parameters.threshold}"
+            )
+
+    def _current(self, session: bytes, number: int) -> _Round:
+        if self._round is None or session != self.session.id or number != self._round.number:
+            raise ProtocolViolation(f"round {number}: got it out of turn, expected the round of the masked vector")
+        return self._round
