@@ -66,9 +66,10 @@ class Newcomer:
             if self._commit not in roster.commits:
                 raise ProtocolViolation("roster: got one without this member's own commit")
             self._roster = roster
-            digest = roster.digest()
-            said = opening_said(roster=digest, member=self.member, nonce=self._nonce)
-            return Opening(roster=digest, member=self.member, nonce=self._nonce, signature=self._identity.sign(said))
+            said = opening_said(roster=roster.digest, member=self.member, nonce=self._nonce)
+            return Opening(
+                roster=roster.digest, member=self.member, nonce=self._nonce, signature=self._identity.sign(said)
+            )
 
     def enter(self, openings: Openings) -> Participant:
         """The participant of the session: derive the graph, and agree on keys with each neighbour. Once.

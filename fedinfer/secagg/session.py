@@ -41,6 +41,7 @@ class Session:
             )
 
 
+@lru_cache(maxsize=4)
 def check_roster(roster: Roster, *, pki: PkiFile, policy: Policy, run: bytes) -> Parameters:
     """The numbers of a roster whose every commit is signed by a member of the PKI file, for this run and policy.
 
@@ -50,10 +51,11 @@ def check_roster(roster: Roster, *, pki: PkiFile, policy: Policy, run: bytes) ->
         parameters = policy.parameters(clients=len(roster.commits), members=len(pki))
     except BadUsage as error:
         raise ProtocolViolation(str(error)) from None
+    own = policy.digest()
     for commit in roster.commits:
         if commit.run != run:
             raise ProtocolViolation(f"commit of member {commit.member}: got another run")
-        if commit.policy != policy.digest():
+        if commit.policy != own:
             raise ProtocolViolation(f"commit of member {commit.member}: got another policy, expected this device's")
         said = commit_said(
             pki=pki.digest,
@@ -77,21 +79,20 @@ def agree(roster: Roster, openings: Openings, *, pki: PkiFile, policy: Policy, r
     Raises: ProtocolViolation if anybody's opening is missing, forged, or for another roster.
     """
     parameters = check_roster(roster, pki=pki, policy=policy, run=run)
-    digest = roster.digest()
     if [opening.member for opening in openings.openings] != [commit.member for commit in roster.commits]:
         raise ProtocolViolation(
             f"openings: got {len(openings.openings)}, expected one of each of the {len(roster.commits)} members; "
             "set up again without those who are silent"
         )
     for commit, opening in zip(roster.commits, openings.openings, strict=True):
-        if opening.roster != digest:
+        if opening.roster != roster.digest:
             raise ProtocolViolation(f"opening of member {opening.member}: got one for another roster")
-        said = opening_said(roster=digest, member=opening.member, nonce=opening.nonce)
+        said = opening_said(roster=roster.digest, member=opening.member, nonce=opening.nonce)
         check_signature(pki.key(opening.member), said, opening.signature)
         if commitment_of(run=run, member=opening.member, nonce=opening.nonce) != commit.commitment:
             raise ProtocolViolation(f"opening of member {opening.member}: got another nonce than it committed to")
     members = tuple(commit.member for commit in roster.commits)
-    identifier = transcript("session", pki.digest, digest, *(opening.nonce for opening in openings.openings))
+    identifier = transcript("session", pki.digest, roster.digest, *(opening.nonce for opening in openings.openings))
     graph = parameters.graph(transcript("graph", identifier))
     return Session(
         id=identifier,

@@ -6,6 +6,7 @@ sizes are checked when it is made; what it *means* is checked by whoever receive
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
 from fedinfer.errors import ProtocolViolation
@@ -66,6 +67,7 @@ class Roster:
         """The roster of these, by member."""
         return cls(commits=tuple(commits[member] for member in sorted(commits)))
 
+    @cached_property
     def digest(self) -> bytes:
         """Two rosters are the same, or not: of all that the commits say, and of their signatures."""
         parts: list[bytes | int] = []

@@ -1,4 +1,4 @@
-"""The attacks on secure sums, against Flower's SecAgg+ and against naive versions. Each returns whether it succeeded."""
+"""The attacks on secure sums against Flower's SecAgg+ and naive versions. Each returns whether it succeeded."""
 
 import numpy as np
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares

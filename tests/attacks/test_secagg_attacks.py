@@ -323,7 +323,7 @@ def lowered_threshold() -> bool:
 def two_models() -> bool:
     """The victim works on another model than all others, whose updates there are zero (arXiv:2111.07380)."""
     cheat = Cheat()
-    _, masked = cheat.masked(1, models={VICTIM: OTHER_MODEL})
+    _, masked = cheat.masked(1, victims_model=OTHER_MODEL)
     everybody = list(cheat.members)
     endorsed = [
         n for n in cheat.honest if accepted(lambda n=n: cheat.members[n].endorse(cheat.shown(n, masked, everybody, 1)))
@@ -569,7 +569,9 @@ class Game:
             shares = {}
             for place, n in enumerate(cheat.session.neighbours[member], start=1):
                 known = [getattr(source[n], kind) for source in (reveals, seen) if n in source]
-                shares |= {place: given[member] for given in known if member in given}
+                for given in known:
+                    if member in given:
+                        shares[place] = given[member]
             if len(shares) < cheat.parameters.threshold:
                 return None
             found = combine(dict(list(shares.items())[: cheat.parameters.threshold]))
