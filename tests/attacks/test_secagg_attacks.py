@@ -79,20 +79,13 @@ class Cheat:
             ),
         )
 
-    def masked(
-        self, round: int, models: Mapping[int, bytes] | None = None
-    ) -> tuple[dict[int, Offer], dict[int, Masked]]:
+    def masked(self, round: int, victims_model: bytes = MODEL) -> tuple[dict[int, Offer], dict[int, Masked]]:
         """Everybody's masked vector; the victim's is secret, the others are zeros."""
-        offers = self.offers(round)
-        return offers, {
-            n: one.masked(
-                self.inbox(n, offers, self.members, round),
-                self.vector(n),
-                spec=SPEC,
-                model=(models or {}).get(n, MODEL),
-            )
-            for n, one in self.members.items()
-        }
+        offers, found = self.offers(round), {}
+        for n, one in self.members.items():
+            inbox, model = self.inbox(n, offers, self.members, round), victims_model if n == VICTIM else MODEL
+            found[n] = one.masked(inbox, self.vector(n), spec=SPEC, model=model)
+        return offers, found
 
     @staticmethod
     def vector(member: int) -> Words:
