@@ -11,9 +11,19 @@ from flwr.common.secure_aggregation.secaggplus_utils import (
     share_keys_plaintext_separate,
 )
 
+from experiments.benchmarks.flower_secagg import (
+    CLIP,
+    MODULUS,
+    TARGET,
+    FlowerNode,
+    agreed,
+    new_keys,
+    secret_of,
+    shared,
+    unmasked,
+)
 from fedinfer.secagg.masks import add_mask
 from fedinfer.secagg.shamir import combine, split
-from tests.attacks.flower_secagg import CLIP, MODULUS, TARGET, Node, agreed, new_keys, secret_of, shared, unmasked
 
 SECRET = [1.25, -0.5, 2.0]
 VICTIM = 0
@@ -24,7 +34,7 @@ def found_out(guess: np.ndarray) -> bool:
     return bool(np.allclose(guess, SECRET, atol=1e-4))
 
 
-def inputs(nodes: dict[int, Node]) -> dict[int, list[float]]:
+def inputs(nodes: dict[int, FlowerNode]) -> dict[int, list[float]]:
     return {number: SECRET if number == VICTIM else [0.1 * number, 0.0, -1.0] for number in nodes}
 
 
@@ -33,7 +43,7 @@ def inputs(nodes: dict[int, Node]) -> dict[int, list[float]]:
 
 def alive_and_dead() -> bool:
     """The server names the victim in both lists: three nodes give shares of its seed and of its key."""
-    nodes = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     received = shared(nodes)
     masked = {n: nodes[n].masked(received[n], x) for n, x in inputs(nodes).items()}
     shares = [nodes[n].unmask(list(nodes), [VICTIM]) for n in (1, 2, 3)]
@@ -42,7 +52,7 @@ def alive_and_dead() -> bool:
     return found_out(unmasked(masked[VICTIM], VICTIM, seed, {n: agreed(key, nodes[n].keys[0]) for n in (1, 2, 3, 4)}))
 
 
-def surrounded(victim: Node, others: list[int]) -> bool:
+def surrounded(victim: FlowerNode, others: list[int]) -> bool:
     """The victim alone, among keys that the server made itself."""
     made = {n: new_keys() for n in others}
     keys = {n: public for n, (_, public) in made.items()}
@@ -59,17 +69,17 @@ def surrounded(victim: Node, others: list[int]) -> bool:
 
 def forged_keys() -> bool:
     """The server hands the victim keys of its own as those of everybody else."""
-    return surrounded(Node(VICTIM, threshold=3, shares=5), [1, 2, 3, 4])
+    return surrounded(FlowerNode(VICTIM, threshold=3, shares=5), [1, 2, 3, 4])
 
 
 def surrounded_victim() -> bool:
     """The server chooses the victim's neighbours: three of its own, of many."""
-    return surrounded(Node(VICTIM, threshold=3, shares=4), [101, 102, 103])
+    return surrounded(FlowerNode(VICTIM, threshold=3, shares=4), [101, 102, 103])
 
 
 def lowered_threshold() -> bool:
     """The server sets the threshold to 2 of 5, and has two nodes."""
-    nodes = {n: Node(n, threshold=2, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=2, shares=5) for n in range(5)}
     received = shared(nodes)
     masked = {n: nodes[n].masked(received[n], x) for n, x in inputs(nodes).items()}
     corrupt = [nodes[n].state for n in (3, 4)]
@@ -80,7 +90,7 @@ def lowered_threshold() -> bool:
 
 def two_models() -> bool:
     """The others get a model on which every update is zero: the sum is the victim's (arXiv:2111.07380)."""
-    nodes = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     received = shared(nodes)
     vectors = {n: nodes[n].masked(received[n], SECRET if n == VICTIM else [0.0] * 3) for n in nodes}
     shares = [dict(nodes[n].unmask(list(nodes), [])) for n in (1, 2, 3)]
@@ -95,7 +105,7 @@ def two_models() -> bool:
 
 def withheld_offers() -> bool:
     """The server tells the victim only of the nodes that it has: masks with the others are missing."""
-    nodes = {n: Node(n, threshold=3, shares=6) for n in range(6)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=6) for n in range(6)}
     received = shared(nodes)
     masked = nodes[VICTIM].masked({n: received[VICTIM][n] for n in (4, 5)}, SECRET)
     for n in (1, 2, 3, 4, 5):
@@ -125,7 +135,7 @@ def oversized_roster() -> bool:
 
 def out_of_range() -> bool:
     """A node says that it has a thousand times the examples that the server allows: its weight goes in as it is."""
-    nodes = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     received = shared(nodes)
     weights = {n: nodes[n].masked(received[n], [0.0], 1000 if n == VICTIM else 1)[0] for n in nodes}
     shares = [dict(nodes[n].unmask(list(nodes), [])) for n in (1, 2, 3)]
@@ -137,7 +147,7 @@ def out_of_range() -> bool:
 
 def early_dropout() -> bool:
     """A node drops out before its shares: the others cannot unmask any more."""
-    nodes = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     received = shared(nodes)
     for n in (0, 1, 2, 3):
         nodes[n].masked({sender: box for sender, box in received[n].items() if sender != 4}, [0.0])
@@ -158,16 +168,16 @@ def seed_of_32_bits() -> bool:
 
 def replayed_round() -> bool:
     """Boxes of the last round are shown in the next: keys are new, so that they do not open."""
-    nodes = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     old = shared(nodes)
-    again = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    again = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     shared(again)
     return accepted(lambda: again[VICTIM].masked(old[VICTIM], SECRET))
 
 
 def duplicate_reveal() -> bool:
     """The server asks for shares a second time, with another list."""
-    nodes = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     received = shared(nodes)
     nodes[1].masked(received[1], SECRET)
     nodes[1].unmask(list(nodes), [])
@@ -176,7 +186,7 @@ def duplicate_reveal() -> bool:
 
 def two_masked_vectors() -> bool:
     """The server asks for a second vector in the round."""
-    nodes = {n: Node(n, threshold=3, shares=5) for n in range(5)}
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
     received = shared(nodes)
     nodes[VICTIM].masked(received[VICTIM], SECRET)
     return accepted(lambda: nodes[VICTIM].masked(received[VICTIM], [0.0] * 3))

@@ -1,4 +1,4 @@
-"""Flower's own SecAgg+ client code, driven by a server that may cheat: for attacks that compare.
+"""Flower's own SecAgg+ client code, stage by stage: for timings, and for a server that cheats (tests/attacks).
 
 It calls the four stages of `flwr.client.mod.secure_aggregation.secaggplus_mod` with their own checks, as the mod does.
 """
@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
@@ -25,15 +26,17 @@ from flwr.supercore.primitives.asymmetric import (
     private_key_to_bytes,
     public_key_to_bytes,
 )
+from numpy.typing import NDArray
 
 # The package has a function of the module's name.
 flower = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
 logging.getLogger("flwr").setLevel(logging.ERROR)
 CLIP, TARGET, MODULUS = 3.0, 1 << 20, 1 << 32
+Floats = NDArray[Any]
 Keys = Mapping[int, tuple[bytes, bytes]]
 
 
-class Node:
+class FlowerNode:
     """One client of SecAgg+, through the stages."""
 
     def __init__(self, number: int, *, threshold: int, shares: int) -> None:
@@ -52,7 +55,7 @@ class Node:
         found = flower._setup(self.state, self._next(Stage.SETUP, settings))
         self.keys = (found[Key.PUBLIC_KEY_1], found[Key.PUBLIC_KEY_2])
 
-    def _next(self, stage: str, configs: dict) -> ConfigRecord:
+    def _next(self, stage: str, configs: dict[str, Any]) -> ConfigRecord:
         record = ConfigRecord({**configs, Key.STAGE: stage})
         flower.check_stage(self.state.current_stage, record)
         self.state.current_stage = stage
@@ -66,7 +69,7 @@ class Node:
         found = flower._share_keys(self.state, self._next(Stage.SHARE_KEYS, configs))
         return dict(zip(found[Key.DESTINATION_LIST], found[Key.CIPHERTEXT_LIST], strict=True))
 
-    def masked(self, boxes: Mapping[int, bytes], vector: Sequence[float], examples: int = 1) -> list[np.ndarray]:
+    def masked(self, boxes: Mapping[int, bytes], vector: Sequence[float] | Floats, examples: int = 1) -> list[Floats]:
         """The weight and the vector, masked."""
         configs = {Key.CIPHERTEXT_LIST: list(boxes.values()), Key.SOURCE_LIST: list(boxes)}
         parameters = ndarrays_to_parameters([np.asarray(vector, np.float64)])
@@ -82,7 +85,7 @@ class Node:
         return list(zip(found[Key.NODE_ID_LIST], found[Key.SHARE_LIST], strict=True))
 
 
-def shared(nodes: Mapping[int, Node]) -> dict[int, dict[int, bytes]]:
+def shared(nodes: Mapping[int, FlowerNode]) -> dict[int, dict[int, bytes]]:
     """An honest first half: what each node received."""
     keys = {number: node.keys for number, node in nodes.items()}
     sent = {number: node.share(keys) for number, node in nodes.items()}
@@ -108,7 +111,7 @@ def agreed(private: bytes, public: bytes) -> bytes:
     return generate_shared_key(bytes_to_private_key(private), bytes_to_public_key(public))
 
 
-def unmasked(masked: list[np.ndarray], victim: int, seed: bytes, pair_seeds: Mapping[int, bytes]) -> np.ndarray:
+def unmasked(masked: list[Floats], victim: int, seed: bytes, pair_seeds: Mapping[int, bytes]) -> Floats:
     """The victim's vector, with its own mask and those of all pairs taken off."""
     shapes = [part.shape for part in masked]
     found = [part - mask for part, mask in zip(masked, pseudo_rand_gen(seed, MODULUS, shapes), strict=True)]
