@@ -15,6 +15,9 @@ from fedinfer.secagg.transcripts import transcript
 
 KEY_BYTES = 32
 TAG_BYTES = 16
+# Rounds that a member may miss in a row.
+MAX_SKIP = 1000
+NEXT, BOX = transcript("next round"), transcript("box")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,31 +64,52 @@ def own_seed(seed: bytes, *, context: bytes, member: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class BoxKeys:
-    """A member's keys of boxes to and from each neighbour; each direction has its own."""
+class Chains:
+    """Keys shared with each neighbour for one direction, that move on from round to round and not back.
 
-    to: Mapping[int, bytes] = field(repr=False)
-    back: Mapping[int, bytes] = field(repr=False)
+    Whoever takes them off a device later does not open the boxes of earlier rounds.
+    """
+
+    round: int
+    keys: Mapping[int, bytes] = field(repr=False)
 
     @classmethod
-    def of(cls, own: KeyPair, others: Mapping[int, bytes], *, session: bytes, member: int) -> Self:
-        """Agree with the channel keys of `others`.
+    def agree(cls, own: KeyPair, others: Mapping[int, bytes], *, session: bytes, member: int) -> tuple[Self, Self]:
+        """To and from each of `others` by their channel keys, for round 1; each direction has its own.
 
         Raises: ProtocolViolation for a key that gives no secret.
         """
         to, back = {}, {}
         for other, public in others.items():
             shared = agree(own, public)
-            to[other] = derive(shared, transcript("box", session, member, other))
-            back[other] = derive(shared, transcript("box", session, other, member))
-        return cls(to=to, back=back)
+            to[other] = derive(shared, transcript("chain", session, member, other))
+            back[other] = derive(shared, transcript("chain", session, other, member))
+        return cls(round=1, keys=to), cls(round=1, keys=back)
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("box keys are secret and are not copied")
+        raise TypeError("chains of keys are secret and are not copied")
+
+    def at(self, round: int) -> Self:
+        """The chains as they are in `round`.
+
+        Raises: ProtocolViolation for a round that is past, or more than `MAX_SKIP` ahead.
+        """
+        if not 0 <= round - self.round <= MAX_SKIP:
+            raise ProtocolViolation(
+                f"round: got {round}, expected {self.round} to {self.round + MAX_SKIP}; set up again"
+            )
+        keys = dict(self.keys)
+        for _ in range(self.round, round):
+            keys = {other: derive(key, NEXT) for other, key in keys.items()}
+        return type(self)(round=round, keys=keys)
+
+    def box_key(self, other: int) -> bytes:
+        """The key of this round's box to or from `other`."""
+        return derive(self.keys[other], BOX)
 
 
 def seal(key: bytes, *, round: int, header: bytes, text: bytes) -> bytes:
-    """Encrypt `text` and bind it to `header`. A key seals one text a round: the round is the nonce."""
+    """Encrypt `text` and bind it to `header`. A key seals one text, and the round is its nonce."""
     return AESGCM(key).encrypt(round.to_bytes(12, "big"), text, header)
 
 

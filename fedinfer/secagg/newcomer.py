@@ -4,7 +4,7 @@ import os
 
 from fedinfer.errors import ProtocolViolation
 from fedinfer.secagg.alone import Alone
-from fedinfer.secagg.channels import BoxKeys, KeyPair
+from fedinfer.secagg.channels import Chains, KeyPair
 from fedinfer.secagg.identities import Identity, PkiFile
 from fedinfer.secagg.parameters import Policy
 from fedinfer.secagg.participant import Participant
@@ -83,7 +83,7 @@ class Newcomer:
             neighbours = session.neighbours[self.member]
             if len(neighbours) < session.parameters.threshold:
                 raise ProtocolViolation("graph: got fewer neighbours than the threshold; set up again")
-            boxes = BoxKeys.of(
+            to, back = Chains.agree(
                 self._channel,
                 {other: session.channel_keys[other] for other in neighbours},
                 session=session.id,
@@ -92,7 +92,7 @@ class Newcomer:
             self._entered = True
             del self._channel, self._nonce
         return Participant(
-            session=session, member=self.member, identity=self._identity, boxes=boxes, entropy=self._entropy
+            session=session, member=self.member, identity=self._identity, to=to, back=back, entropy=self._entropy
         )
 
     def _new_commit(self) -> Commit:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from fedinfer.errors import BadUsage, ProtocolViolation
 from fedinfer.secagg.alone import Alone
-from fedinfer.secagg.channels import BoxKeys, KeyPair, mask_seed, own_seed, seal, unseal
+from fedinfer.secagg.channels import Chains, KeyPair, mask_seed, own_seed, seal, unseal
 from fedinfer.secagg.checks import MAX_ROUND
 from fedinfer.secagg.codec import Members
 from fedinfer.secagg.identities import Identity, check_signature
@@ -66,17 +66,24 @@ class Participant:
     the share of the seed or of the key, never both. Nothing but the masked vector depends on the input. No secret is
     in a repr, an error or a pickle; a forked copy refuses to work.
 
-    Secrets are dropped as soon as they are not needed; Python does not promise that their memory is overwritten.
+    Secrets are dropped as soon as they are not needed, and keys of boxes move on: what a device holds after a round
+    opens nothing of it. Python does not promise that the memory is overwritten.
     """
 
     def __init__(
-        self, *, session: Session, member: int, identity: Identity, boxes: BoxKeys, entropy: Entropy = os.urandom
+        self,
+        *,
+        session: Session,
+        member: int,
+        identity: Identity,
+        to: Chains,
+        back: Chains,
+        entropy: Entropy = os.urandom,
     ) -> None:
         self.session, self.member = session, member
-        self._identity, self._boxes, self._entropy = identity, boxes, entropy
+        self._identity, self._to, self._back, self._entropy = identity, to, back, entropy
         self._own: dict[int, _Own] = {}
         self._offered = 0
-        self._masked = 0
         self._round: _Round | None = None
         self._alone = Alone()
 
@@ -94,7 +101,7 @@ class Participant:
         with self._alone():
             if not self._offered < round <= MAX_ROUND:
                 raise ProtocolViolation(f"offer: got round {round}, expected one after {self._offered}")
-            session, neighbours = self.session, self.session.neighbours[self.member]
+            session, neighbours, to = self.session, self.session.neighbours[self.member], self._to.at(round)
             secret, seed = self._entropy(SECRET_BYTES), self._entropy(SECRET_BYTES)
             own = _Own(key=KeyPair.of(secret), seed=seed)
             digest = seed_digest(seed)
@@ -106,10 +113,10 @@ class Participant:
                 for part in (secret, seed)
             ]
             boxes = {
-                other: seal(self._boxes.to[other], round=round, header=header, text=key_share + seed_share)
+                other: seal(to.box_key(other), round=round, header=header, text=key_share + seed_share)
                 for other, key_share, seed_share in zip(neighbours, *shares, strict=True)
             }
-            self._offered = round
+            self._offered, self._to = round, to.at(round + 1)
             self._own[round] = own
             return Offer(
                 session=session.id,
@@ -132,17 +139,17 @@ class Participant:
         with self._alone():
             session, number = self.session, inbox.round
             own = self._own.get(number)
-            if inbox.session != session.id or own is None or number <= self._masked:
-                raise ProtocolViolation(
-                    f"round {number}: got it out of turn, expected an offered one after {self._masked}"
-                )
+            if inbox.session != session.id or own is None:
+                raise ProtocolViolation(f"round {number}: got it out of turn, expected one that was offered, once")
             if len(model) != DIGEST_BYTES:
                 raise BadUsage(f"model digest: got {len(model)} bytes, expected {DIGEST_BYTES}")
             spec.check_clients(session.parameters.clients)
             words = vector.copy()
             spec.check_vector(words)
+            back = self._back.at(number)
             round = self._read_inbox(
                 inbox,
+                back,
                 context=context_of(
                     session=session.id, round=number, model=model, spec=spec.digest(), active=inbox.active
                 ),
@@ -154,7 +161,7 @@ class Participant:
             add_mask(words, own_seed(own.seed, context=round.context, member=self.member), sign=1)
             spec.reduce(words)
             packed = spec.pack(words)
-            self._masked, self._round = number, round
+            self._round, self._back = round, back.at(number + 1)
             self._own = {later: secrets for later, secrets in self._own.items() if later > number}
             said = masked_said(context=round.context, member=self.member, vector=vector_digest(packed))
             return Masked(
@@ -222,7 +229,7 @@ class Participant:
                 signature=self._identity.sign(said),
             )
 
-    def _read_inbox(self, inbox: Inbox, *, context: bytes) -> _Round:
+    def _read_inbox(self, inbox: Inbox, back: Chains, *, context: bytes) -> _Round:
         """The round, with the shares of each neighbour in it."""
         session = self.session
         session.check_enough("active members", inbox.active)
@@ -238,7 +245,7 @@ class Participant:
                 mask_key=delivery.mask_key,
                 seed_digest=delivery.seed_digest,
             )
-            text = unseal(self._boxes.back[delivery.sender], round=inbox.round, header=header, box=delivery.box)
+            text = unseal(back.box_key(delivery.sender), round=inbox.round, header=header, box=delivery.box)
             keys[delivery.sender], seeds[delivery.sender] = text[:SHARE_BYTES], text[SHARE_BYTES:]
             check_share(keys[delivery.sender])
             check_share(seeds[delivery.sender])

@@ -166,6 +166,17 @@ def seed_of_32_bits() -> bool:
     return bool((masks[0] == masks[1]).all())
 
 
+def seized_device() -> bool:
+    """The victim's state is read after the round: seed and key are there until the next begins."""
+    nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}
+    received = shared(nodes)
+    masked = nodes[VICTIM].masked(received[VICTIM], SECRET)
+    nodes[VICTIM].unmask(list(nodes), [])
+    state = nodes[VICTIM].state
+    pairs = {n: agreed(state.sk1, nodes[n].keys[0]) for n in (1, 2, 3, 4)}
+    return found_out(unmasked(masked, VICTIM, state.rd_seed, pairs))
+
+
 def replayed_round() -> bool:
     """Boxes of the last round are shown in the next: keys are new, so that they do not open."""
     nodes = {n: FlowerNode(n, threshold=3, shares=5) for n in range(5)}

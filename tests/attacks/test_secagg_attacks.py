@@ -8,6 +8,7 @@
 import json
 import sys
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from scipy.stats import binomtest
 
 from fedinfer.errors import BadUsage, ProtocolViolation, RoundFailed
-from fedinfer.secagg.channels import KeyPair, mask_seed, own_seed
+from fedinfer.secagg.channels import KeyPair, mask_seed, own_seed, unseal
 from fedinfer.secagg.graph import Neighbours, random_cycles, sparsest
 from fedinfer.secagg.identities import Identity
 from fedinfer.secagg.masks import SumSpec, Words, add_mask
@@ -34,11 +35,12 @@ from fedinfer.secagg.round_messages import (
     Reveal,
     Survivors,
     masked_said,
+    offer_header,
     survivors_said,
     vector_digest,
 )
 from fedinfer.secagg.setup_messages import Commit, Openings, Roster, commit_said
-from fedinfer.secagg.shamir import combine
+from fedinfer.secagg.shamir import SHARE_BYTES, combine
 from tests.attacks import secagg_peers as peers
 
 MODEL, OTHER_MODEL = bytes(32), b"\x01" * 32
@@ -309,8 +311,27 @@ def lowered_threshold() -> bool:
     for names in ([0, 1, 2, 7], []):
         quorum = cheat.quorum(1, {n: signatures[n] for n in names})
         won |= accepted(lambda quorum=quorum: cheat.members[VICTIM].reveal(quorum))
-    padded = cheat.quorum(1, dict.fromkeys(range(5), signatures[0]))
-    return won | accepted(lambda: cheat.members[VICTIM].reveal(padded))
+    padded = cheat.quorum(1, {n: signatures[0] for n in range(5)})
+    won |= accepted(lambda: cheat.members[VICTIM].reveal(padded))
+    return won | few_others_in_a_sparse_graph()
+
+
+def few_others_in_a_sparse_graph() -> bool:
+    """All of the victim's neighbours are there, but too few others."""
+    cheat = Cheat(clients=100, corrupt=0.02, dropout=0.05)
+    offers, victim = cheat.offers(1), cheat.members[VICTIM]
+    near = set(cheat.session.neighbours[VICTIM])
+    few = set(cheat.members) - set([n for n in cheat.members if n not in near | {VICTIM}][:6])
+    inbox = cheat.inbox(VICTIM, offers, few, 1)
+    won = accepted(lambda: victim.masked(inbox, cheat.vector(0), spec=SPEC, model=MODEL))
+    masked = {
+        n: cheat.members[n].masked(cheat.inbox(n, offers, cheat.members, 1), cheat.vector(n), spec=SPEC, model=MODEL)
+        for n in sorted(near | {VICTIM})
+    }
+    won |= accepted(lambda: victim.endorse(cheat.shown(VICTIM, masked, few, 1)))
+    # And the other way round: enough members, but fewer neighbours than the threshold.
+    lonely = set(cheat.members) - set(sorted(near)[cheat.parameters.threshold - 1 :])
+    return won | accepted(lambda: victim.endorse(cheat.shown(VICTIM, masked, lonely, 1)))
 
 
 def two_models() -> bool:
@@ -462,6 +483,49 @@ def seed_of_32_bits() -> bool:
         add_mask(words, bytes(seed), sign=1)
         masks.append(words.tobytes())
     return len(set(masks)) < len(masks)
+
+
+def seized(chains_of_the_round: bool) -> bool:
+    """The victim's state after a round, and all that was sent in it: does it show the victim's input?"""
+    cheat = Cheat()
+    kept = cheat.members[VICTIM]._to
+    offers, masked = cheat.masked(1)
+    signatures = cheat.endorsed(1, masked, list(cheat.members))
+    victim = cheat.members[VICTIM]
+    victim.reveal(cheat.quorum(1, signatures))
+    assert victim._own == {}
+    assert victim._round is None
+    offer, near, opened = offers[VICTIM], cheat.session.neighbours[VICTIM], {}
+    header = offer_header(
+        session=cheat.session.id, round=1, sender=VICTIM, mask_key=offer.mask_key, seed_digest=offer.seed_digest
+    )
+    for chains in (kept,) if chains_of_the_round else (victim._to, victim._back):
+        assert chains.round == (1 if chains_of_the_round else 2)
+        for place, n in enumerate(near, start=1):
+            for key in (chains.box_key(n), chains.keys[n]):
+                with suppress(ProtocolViolation):
+                    opened[place] = unseal(key, round=1, header=header, box=offer.boxes[n])
+    if len(opened) < cheat.parameters.threshold:
+        return False
+    some = dict(list(opened.items())[: cheat.parameters.threshold])
+    key = KeyPair.of(combine({place: text[:SHARE_BYTES] for place, text in some.items()}))
+    seed = combine({place: text[SHARE_BYTES:] for place, text in some.items()})
+    context, words = masked[VICTIM].context, SPEC.unpack(masked[VICTIM].vector).copy()
+    add_mask(words, own_seed(seed, context=context, member=VICTIM), sign=-1)
+    for n in near:
+        pair_seed = mask_seed(key, offers[n].mask_key, context=context, pair=(VICTIM, n))
+        add_mask(words, pair_seed, sign=-1 if n > VICTIM else 1)
+    return bool((words == cheat.vector(VICTIM)).all())
+
+
+def seized_device() -> bool:
+    """The device moved its keys on."""
+    return seized(chains_of_the_round=False)
+
+
+def naive_seized_device() -> bool:
+    """A device whose box keys last as long as the session."""
+    return seized(chains_of_the_round=True)
 
 
 # --- Who drops out is the server's choice, and it knows the graph. ---
@@ -641,6 +705,7 @@ ATTACKS = (
     Row("neighbours chosen by the server", surrounded_victim, peers.surrounded_victim),
     Row("dropouts chosen around a group", chosen_dropouts_ours, None, chosen_dropouts_ring),
     Row("dropout before the shares stops the round", early_dropout, peers.early_dropout),
+    Row("device seized after the round", seized_device, peers.seized_device, naive_seized_device),
     Row("mask seeds of 32 bits", seed_of_32_bits, peers.seed_of_32_bits),
 )
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedinfer.errors import BadInput, BadUsage, ProtocolViolation, ShapeMismatch
 from fedinfer.secagg import identities
-from fedinfer.secagg.channels import BoxKeys, KeyPair, agree, derive, mask_seed, seal, unseal
+from fedinfer.secagg.channels import MAX_SKIP, Chains, KeyPair, agree, derive, mask_seed, seal, unseal
 from fedinfer.secagg.identities import Identity, PkiFile, check_signature
 from fedinfer.secagg.masks import PIECE_BYTES, SumSpec, add_mask
 from fedinfer.secagg.shamir import PRIME, SHARE_BYTES, at_zero, candidates, combine, split
@@ -217,22 +217,34 @@ def test_both_ends_have_the_same_mask_and_each_context_another() -> None:
 
 def test_a_box_opens_for_its_receiver_round_and_header_alone() -> None:
     ann, bob, eve = (KeyPair.of(os.urandom(32)) for _ in range(3))
-    anns = BoxKeys.of(ann, {2: bob.public}, session=b"s", member=1)
-    bobs = BoxKeys.of(bob, {1: ann.public, 3: eve.public}, session=b"s", member=2)
-    box = seal(anns.to[2], round=5, header=b"h", text=b"shares")
-    assert unseal(bobs.back[1], round=5, header=b"h", box=box) == b"shares"
+    to_bob = Chains.agree(ann, {2: bob.public}, session=b"s", member=1)[0].at(5)
+    to, back = (one.at(5) for one in Chains.agree(bob, {1: ann.public, 3: eve.public}, session=b"s", member=2))
+    elsewhere = Chains.agree(bob, {1: ann.public}, session=b"t", member=2)[1].at(5)
+    box = seal(to_bob.box_key(2), round=5, header=b"h", text=b"shares")
+    assert unseal(back.box_key(1), round=5, header=b"h", box=box) == b"shares"
     changed = box[:-1] + bytes([box[-1] ^ 1])
     for key, round, header, found in (
-        (bobs.back[3], 5, b"h", box),
-        (bobs.to[1], 5, b"h", box),
-        (bobs.back[1], 6, b"h", box),
-        (bobs.back[1], 5, b"i", box),
-        (bobs.back[1], 5, b"h", changed),
-        (bobs.back[1], 5, b"h", b""),
-        (BoxKeys.of(bob, {1: ann.public}, session=b"t", member=2).back[1], 5, b"h", box),
+        (back.box_key(3), 5, b"h", box),
+        (to.box_key(1), 5, b"h", box),
+        (back.at(6).box_key(1), 5, b"h", box),
+        (back.box_key(1), 6, b"h", box),
+        (back.box_key(1), 5, b"i", box),
+        (back.box_key(1), 5, b"h", changed),
+        (back.box_key(1), 5, b"h", b""),
+        (elsewhere.box_key(1), 5, b"h", box),
     ):
         with pytest.raises(ProtocolViolation, match="does not open"):
             unseal(key, round=round, header=header, box=found)
+
+
+def test_chains_move_on_and_not_back() -> None:
+    ann, bob = KeyPair.of(os.urandom(32)), KeyPair.of(os.urandom(32))
+    first = Chains.agree(ann, {2: bob.public}, session=b"s", member=1)[0]
+    assert first.at(9).keys == first.at(4).at(9).keys != first.at(8).keys
+    assert first.at(1).keys == first.keys
+    for round in (2, 3 + MAX_SKIP + 1):
+        with pytest.raises(ProtocolViolation, match="round"):
+            first.at(3).at(round)
 
 
 @pytest.mark.parametrize("public", [bytes(32), (1).to_bytes(32, "little"), b"short"])
@@ -328,8 +340,8 @@ def test_signatures_of_others_or_of_something_else_are_refused() -> None:
 
 def test_secrets_are_not_shown_or_copied() -> None:
     secret = bytes(range(7, 39))
-    boxes = BoxKeys(to={1: secret}, back={1: secret})
-    for holder in (KeyPair.of(secret), Identity.of(secret), boxes):
+    chains = Chains(round=1, keys={1: secret})
+    for holder in (KeyPair.of(secret), Identity.of(secret), chains):
         assert secret.hex() not in repr(holder)
         assert repr(secret) not in repr(holder)
         with pytest.raises(TypeError, match="not copied"):

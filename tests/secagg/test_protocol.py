@@ -3,10 +3,12 @@
 import copy
 import os
 import pickle
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -300,7 +302,7 @@ def test_participants_are_not_copied_and_show_no_secret() -> None:
     for copier in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="not copied"):
             copier(one)
-    secrets = [own.seed for own in one._own.values()] + list(one._boxes.to.values())
+    secrets = [own.seed for own in one._own.values()] + list(one._to.keys.values())
     shown = repr(vars(one))
     assert not any(secret.hex() in shown or repr(secret) in shown for secret in secrets)
 
@@ -311,6 +313,45 @@ def test_secrets_of_a_round_are_gone_after_it() -> None:
     for one in here.participants.values():
         assert one._own == {}
         assert one._round is None
+
+
+def test_messages_of_another_session_or_round_are_refused() -> None:
+    here, other = rehearsal(4, 0.1, 0.25), rehearsal(5, 0.0, 0.4).coordinator.session.id
+    spec, coordinator, members = SumSpec(length=1, bits=32, bound=50), here.coordinator, here.participants
+    inputs, round = vectors(4, spec, 0), next(ROUNDS)
+
+    def refused(step: Callable[[Any], object], message: Message, **changes: object) -> None:
+        for change in ({"session": other}, {"round": round + 1}, *([changes] if changes else [])):
+            with pytest.raises(ProtocolViolation):
+                step(replace(message, **change))
+
+    for one in members.values():
+        offer = one.offer(round)
+        refused(coordinator.add_offer, offer, boxes=dict(list(offer.boxes.items())[:-1]))
+        refused(coordinator.add_offer, offer, member=9)
+        coordinator.add_offer(offer)
+    inboxes = coordinator.begin(round, spec=spec, model=MODEL)
+    for n, one in members.items():
+        refused(lambda i, n=n: members[n].masked(i, inputs[n], spec=spec, model=MODEL), inboxes[n], active=(0, 1, 2, 9))
+        masked = one.masked(inboxes[n], inputs[n], spec=spec, model=MODEL)
+        refused(coordinator.add_masked, masked, vector=bytes(4))
+        refused(coordinator.add_masked, masked, vector=b"")
+        coordinator.add_masked(masked)
+    lists = coordinator.survivors()
+    assert lists == coordinator.survivors()
+    for n, one in members.items():
+        refused(one.endorse, lists[n], survivors=(0, 1, 2, 9))
+        endorsement = one.endorse(lists[n])
+        refused(coordinator.add_endorsement, endorsement, member=(n + 1) % 4)
+        coordinator.add_endorsement(endorsement)
+    quorum = coordinator.quorum()
+    for one in members.values():
+        refused(one.reveal, quorum)
+        reveal = one.reveal(quorum)
+        refused(coordinator.add_reveal, reveal, seeds={})
+        refused(coordinator.add_reveal, reveal, keys=reveal.seeds)
+        coordinator.add_reveal(reveal)
+    assert coordinator.total().tolist() == expected_sum(inputs, (), spec)
 
 
 def test_what_comes_out_of_turn_at_the_server_is_refused() -> None:
