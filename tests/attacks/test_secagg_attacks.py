@@ -155,8 +155,24 @@ def alive_and_dead() -> bool:
         if accepted(lambda n=n, quorum=quorum: reveals.update({n: cheat.members[n].reveal(quorum)})):
             assert VICTIM in lists[n]
     both = [cheat.victims_shares(kind, reveals) for kind in ("seed", "key")]
+    won = all(len(shares) >= cheat.parameters.threshold for shares in both)
+    # Named twice, not named itself, and a stranger to the round named a survivor.
     twice = accepted(lambda: cheat.shown(1, masked, [0, 0, 1, 2, 3, 4, 5, 6], round))
-    return twice or all(len(shares) >= cheat.parameters.threshold for shares in both)
+    return won | twice | strangers_among_the_survivors()
+
+
+def strangers_among_the_survivors() -> bool:
+    """A list without the member that is asked to sign it; one with a member who was not in the round."""
+    cheat = Cheat()
+    offers, active = cheat.offers(1), range(7)
+    masked = {
+        n: cheat.members[n].masked(cheat.inbox(n, offers, active, 1), cheat.vector(n), spec=SPEC, model=MODEL)
+        for n in active
+    }
+    said = masked_said(context=masked[0].context, member=7, vector=vector_digest(masked[0].vector))
+    masked[7] = replace(masked[0], member=7, signature=cheat.identities[7].sign(said))
+    won = accepted(lambda: cheat.members[1].endorse(cheat.shown(1, masked, [0, 2, 3, 4, 5, 6], 1)))
+    return won | accepted(lambda: cheat.members[1].endorse(cheat.shown(1, masked, list(cheat.members), 1)))
 
 
 def replayed_round() -> bool:
@@ -311,8 +327,11 @@ def lowered_threshold() -> bool:
     for names in ([0, 1, 2, 7], []):
         quorum = cheat.quorum(1, {n: signatures[n] for n in names})
         won |= accepted(lambda quorum=quorum: cheat.members[VICTIM].reveal(quorum))
-    padded = cheat.quorum(1, {n: signatures[0] for n in range(5)})
+    padded = cheat.quorum(1, dict.fromkeys(range(5), signatures[0]))
     won |= accepted(lambda: cheat.members[VICTIM].reveal(padded))
+    said = survivors_said(context=masked[VICTIM].context, survivors=tuple(cheat.members))
+    stranger = cheat.quorum(1, {**{n: signatures[n] for n in (0, 1, 2, 3)}, 8: cheat.identities[7].sign(said)})
+    won |= accepted(lambda: cheat.members[VICTIM].reveal(stranger))
     return won | few_others_in_a_sparse_graph()
 
 
@@ -425,10 +444,13 @@ def withheld_offers() -> bool:
         )
         for n, one in cheat.members.items()
     }
-    everybody = list(cheat.members)
-    return any(
-        accepted(lambda n=n: cheat.members[n].endorse(cheat.shown(n, masked, everybody, 1))) for n in cheat.honest
-    ) or accepted(lambda: cheat.members[1].endorse(relabelled(cheat, masked)))
+    everybody, won = list(cheat.members), False
+    for n in cheat.honest:
+        shown = cheat.shown(n, masked, everybody, 1)
+        silent = replace(shown, receipts=tuple(receipt for receipt in shown.receipts if receipt.member != VICTIM))
+        won |= accepted(lambda n=n, shown=shown: cheat.members[n].endorse(shown))
+        won |= n != VICTIM and accepted(lambda n=n, silent=silent: cheat.members[n].endorse(silent))
+    return won | accepted(lambda: cheat.members[1].endorse(relabelled(cheat, masked)))
 
 
 def relabelled(cheat: Cheat, masked: Mapping[int, Masked]) -> Survivors:

@@ -1,0 +1,54 @@
+"""`fedinfer pki`: who takes part in secure sums."""
+
+import os
+from pathlib import Path
+
+from fedinfer.cli.console import out, show_json, show_table
+from fedinfer.errors import BadUsage
+from fedinfer.secagg import identities
+from fedinfer.secagg.identities import Identity
+
+
+def init_pki(path: Path, *, as_json: bool) -> None:
+    """Make a PKI file without members."""
+    identities.init(path)
+    if as_json:
+        show_json({"path": str(path), "members": 0})
+    else:
+        out.print(f"{path}: made; add each device with `fedinfer pki add {path} NAME KEY`")
+
+
+def new_identity(path: Path, *, as_json: bool) -> None:
+    """Make a device's own key and say its public half."""
+    device = Identity.generate(os.urandom)
+    device.save(path)
+    if as_json:
+        show_json({"path": str(path), "public_key": device.public.hex()})
+    else:
+        out.print(f"{path}: made; keep it on this device")
+        out.print(f"public key {device.public.hex()}: give it to whoever keeps the PKI file")
+
+
+def add_member(path: Path, name: str, key: str, *, as_json: bool) -> None:
+    """Append a device by its public key in hexadecimal, and say the digest to pin."""
+    try:
+        public = bytes.fromhex(key)
+    except ValueError:
+        raise BadUsage(f"key: got {key[:80]!r}, expected 64 hexadecimal digits") from None
+    digest = identities.add(path, name, public).digest.hex()
+    if as_json:
+        show_json({"path": str(path), "name": name, "digest": digest})
+    else:
+        out.print(f"{path}: {name} added")
+        out.print(f"digest {digest}: pin it on every device, the old ones too")
+
+
+def show_pki(path: Path, *, as_json: bool) -> None:
+    """Print the digest to pin and the members."""
+    digest, members = identities.show(path)
+    if as_json:
+        told = [{"name": name, "public_key": key} for name, key in members]
+        show_json({"path": str(path), "digest": digest, "members": told})
+    else:
+        out.print(f"{path}: digest {digest}")
+        show_table("members", ("name", "public key"), members)
