@@ -81,8 +81,6 @@ class Newcomer:
                 raise ProtocolViolation("openings: got them out of turn, expected them once, after the roster")
             session = agree(self._roster, openings, pki=self._pki, policy=self._policy, run=self._run)
             neighbours = session.neighbours[self.member]
-            if len(neighbours) < session.parameters.threshold:
-                raise ProtocolViolation("graph: got fewer neighbours than the threshold; set up again")
             to, back = Chains.agree(
                 self._channel,
                 {other: session.channel_keys[other] for other in neighbours},

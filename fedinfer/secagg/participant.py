@@ -242,9 +242,10 @@ class Participant:
                 seed_digest=delivery.seed_digest,
             )
             text = unseal(back.box_key(delivery.sender), round=inbox.round, header=header, box=delivery.box)
-            keys[delivery.sender], seeds[delivery.sender] = text[:SHARE_BYTES], text[SHARE_BYTES:]
-            check_share(keys[delivery.sender])
-            check_share(seeds[delivery.sender])
+            key, seed = text[:SHARE_BYTES], text[SHARE_BYTES:]
+            for share in (key, seed):
+                check_share(share)
+            keys[delivery.sender], seeds[delivery.sender] = key, seed
         return _Round(number=inbox.round, context=context, active=inbox.active, seeds=seeds, keys=keys)
 
     def _check_neighbours(self, what: str, present: Members, named: Members) -> None:

@@ -18,7 +18,7 @@ import pytest
 from scipy.stats import binomtest
 
 from fedinfer.errors import BadUsage, ProtocolViolation, RoundFailed
-from fedinfer.secagg.channels import KeyPair, mask_seed, own_seed, unseal
+from fedinfer.secagg.channels import KeyPair, mask_seed, own_seed, seal, unseal
 from fedinfer.secagg.graph import Neighbours, random_cycles, sparsest
 from fedinfer.secagg.identities import Identity
 from fedinfer.secagg.masks import SumSpec, Words, add_mask
@@ -254,6 +254,8 @@ def forged_keys() -> bool:
         {n: opening for n, opening in openings.items() if n != 3},
     ):
         won |= accepted(lambda changed=changed: here[VICTIM].enter(Openings.of(changed)))
+    here[VICTIM].enter(Openings.of(openings))
+    won |= accepted(lambda: here[VICTIM].enter(Openings.of(openings)))
     cheat, made = Cheat(), KeyPair.of(b"k" * 32)
     offers = cheat.offers(1)
     inbox = cheat.inbox(VICTIM, offers, cheat.members, 1)
@@ -280,6 +282,7 @@ def tampered_share() -> bool:
     box = bytes([first.box[0] ^ 1]) + first.box[1:]
     changed = replace(inboxes[VICTIM], deliveries=(replace(first, box=box), *rest))
     won |= accepted(lambda: cheat.members[VICTIM].masked(changed, cheat.vector(0), spec=SPEC, model=MODEL))
+    won |= no_share_in_a_box()
     for n, one in cheat.members.items():
         coordinator.add_masked(one.masked(inboxes[n], cheat.vector(n), spec=SPEC, model=MODEL))
     for n, shown in coordinator.survivors().items():
@@ -302,6 +305,23 @@ def tampered_share() -> bool:
     return True
 
 
+def no_share_in_a_box() -> bool:
+    """A corrupt member seals what is no element of the field."""
+    cheat, won = Cheat(), False
+    chains = cheat.members[7]._to
+    offers = cheat.offers(1)
+    offer = offers[7]
+    header = offer_header(
+        session=cheat.session.id, round=1, sender=7, mask_key=offer.mask_key, seed_digest=offer.seed_digest
+    )
+    share, none = bytes(SHARE_BYTES), b"\xff" * SHARE_BYTES
+    for text in (share + none, none + share):
+        box = seal(chains.box_key(VICTIM), round=1, header=header, text=text)
+        inbox = cheat.inbox(VICTIM, {**offers, 7: replace(offer, boxes={VICTIM: box})}, cheat.members, 1)
+        won |= accepted(lambda i=inbox: cheat.members[VICTIM].masked(i, cheat.vector(0), spec=SPEC, model=MODEL))
+    return won
+
+
 def lowered_threshold() -> bool:
     """The server asks for less than the policy: other policies, fewer members, survivors, neighbours, signatures."""
     here, lax = newcomers(policy=Policy(dropout=0.25)), Policy(corrupt=0.0, dropout=0.5)
@@ -310,7 +330,7 @@ def lowered_threshold() -> bool:
     won = accepted(lambda: here[VICTIM].open(Roster.of(commits)))
     cheat = Cheat()
     offers = cheat.offers(1)
-    for few in ([0, 1, 2, 3, 4], [0, 7]):
+    for few in ([0, 1, 2, 3, 4], [0, 7], [1, 2, 3, 4, 5, 6, 7]):
         inbox = cheat.inbox(VICTIM, offers, few, 1)
         won |= accepted(
             lambda inbox=inbox: cheat.members[VICTIM].masked(inbox, cheat.vector(0), spec=SPEC, model=MODEL)
@@ -348,8 +368,9 @@ def few_others_in_a_sparse_graph() -> bool:
         for n in sorted(near | {VICTIM})
     }
     won |= accepted(lambda: victim.endorse(cheat.shown(VICTIM, masked, few, 1)))
-    # And the other way round: enough members, but fewer neighbours than the threshold.
-    lonely = set(cheat.members) - set(sorted(near)[cheat.parameters.threshold - 1 :])
+    # And the other way round: enough members, but fewer neighbours than the threshold, here all but one of them.
+    victim.session = replace(cheat.session, parameters=replace(cheat.parameters, threshold=len(near)))
+    lonely = set(cheat.members) - {min(near)}
     return won | accepted(lambda: victim.endorse(cheat.shown(VICTIM, masked, lonely, 1)))
 
 

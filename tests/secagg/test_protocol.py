@@ -332,7 +332,9 @@ def test_messages_of_another_session_or_round_are_refused() -> None:
         coordinator.add_offer(offer)
     inboxes = coordinator.begin(round, spec=spec, model=MODEL)
     for n, one in members.items():
-        refused(lambda i, n=n: members[n].masked(i, inputs[n], spec=spec, model=MODEL), inboxes[n], active=(0, 1, 2, 9))
+        refused(
+            lambda i, n=n: members[n].masked(i, inputs[n], spec=spec, model=MODEL), inboxes[n], active=(0, 1, 2, 3, 9)
+        )
         masked = one.masked(inboxes[n], inputs[n], spec=spec, model=MODEL)
         refused(coordinator.add_masked, masked, vector=bytes(4))
         refused(coordinator.add_masked, masked, vector=b"")
@@ -340,7 +342,7 @@ def test_messages_of_another_session_or_round_are_refused() -> None:
     lists = coordinator.survivors()
     assert lists == coordinator.survivors()
     for n, one in members.items():
-        refused(one.endorse, lists[n], survivors=(0, 1, 2, 9))
+        refused(one.endorse, lists[n], survivors=(0, 1, 2, 3, 9))
         endorsement = one.endorse(lists[n])
         refused(coordinator.add_endorsement, endorsement, member=(n + 1) % 4)
         coordinator.add_endorsement(endorsement)
