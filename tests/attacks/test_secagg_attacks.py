@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from fedinfer.errors import BadUsage, ProtocolViolation, RoundFailed
 from fedinfer.secagg.channels import KeyPair, mask_seed, own_seed, seal, unseal
 from fedinfer.secagg.graph import Neighbours, random_cycles, sparsest
-from fedinfer.secagg.identities import Identity
+from fedinfer.secagg.identities import Identity, PkiFile
 from fedinfer.secagg.masks import SumSpec, Words, add_mask
 from fedinfer.secagg.newcomer import Newcomer
 from fedinfer.secagg.parameters import Policy
@@ -39,7 +39,7 @@ from fedinfer.secagg.round_messages import (
     survivors_said,
     vector_digest,
 )
-from fedinfer.secagg.setup_messages import Commit, Openings, Roster, commit_said
+from fedinfer.secagg.setup_messages import Commit, Openings, Roster, commit_said, opening_said
 from fedinfer.secagg.shamir import SHARE_BYTES, combine
 from tests.attacks import secagg_peers as peers
 
@@ -231,10 +231,23 @@ def forged_commits(pki_clients: int = 4) -> list[tuple[str, Callable[[dict[int, 
     ]
 
 
-def newcomers(clients: int = 4, policy: Policy | None = None) -> dict[int, Newcomer]:
-    pki, identities = make_pki(clients)
-    policy = policy or Policy(dropout=0.25)
+def newcomers_of(pki: PkiFile, identities: list[Identity], policy: Policy) -> dict[int, Newcomer]:
     return {n: Newcomer(identity=one, pki=pki, policy=policy, run=b"r") for n, one in enumerate(identities)}
+
+
+def newcomers(clients: int = 4, policy: Policy | None = None) -> dict[int, Newcomer]:
+    return newcomers_of(*make_pki(clients), policy or Policy(dropout=0.25))
+
+
+def opened_elsewhere() -> bool:
+    """Two rosters: member 1 opens for the one without the victim, and the server shows that to the victim."""
+    here = newcomers(clients=5, policy=Policy(dropout=0.2))
+    commits = {n: one.commit() for n, one in here.items()}
+    ours = Roster.of({n: commits[n] for n in (0, 1, 2, 3)})
+    others = Roster.of({n: commits[n] for n in (1, 2, 3, 4)})
+    openings = {n: here[n].open(ours if n == VICTIM else others) for n in (0, 1, 2, 3)}
+    moved = {n: replace(opening, roster=ours.digest) for n, opening in openings.items()}
+    return accepted(lambda: here[VICTIM].enter(Openings.of(moved)))
 
 
 def forged_keys() -> bool:
@@ -244,7 +257,8 @@ def forged_keys() -> bool:
         here = newcomers()
         commits = {n: one.commit() for n, one in here.items()}
         won |= accepted(lambda here=here, forge=forge, commits=commits: here[VICTIM].open(Roster.of(forge(commits))))
-    here = newcomers()
+    pki, identities = make_pki(4)
+    here = newcomers_of(pki, identities, Policy(dropout=0.25))
     roster = Roster.of({n: one.commit() for n, one in here.items()})
     openings = {n: one.open(roster) for n, one in here.items()}
     for changed in (
@@ -254,6 +268,12 @@ def forged_keys() -> bool:
         {n: opening for n, opening in openings.items() if n != 3},
     ):
         won |= accepted(lambda changed=changed: here[VICTIM].enter(Openings.of(changed)))
+    # A corrupt member that would choose its nonce after it saw the others', and signs what it says.
+    late = opening_said(roster=roster.digest, member=3, nonce=bytes(32))
+    chosen = replace(openings[3], nonce=bytes(32), signature=identities[3].sign(late))
+    won |= accepted(lambda: here[VICTIM].enter(Openings.of({**openings, 3: chosen})))
+    # An opening for one roster, in another.
+    won |= opened_elsewhere()
     here[VICTIM].enter(Openings.of(openings))
     won |= accepted(lambda: here[VICTIM].enter(Openings.of(openings)))
     cheat, made = Cheat(), KeyPair.of(b"k" * 32)

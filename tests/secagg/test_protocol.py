@@ -16,13 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedinfer.errors import BadUsage, ProtocolViolation, RoundFailed, ShapeMismatch
-from fedinfer.secagg.codec import Message, from_bytes, to_bytes
+from fedinfer.secagg.codec import Boxes, Message, from_bytes, to_bytes
 from fedinfer.secagg.coordinator import Coordinator
 from fedinfer.secagg.masks import SumSpec, Words
 from fedinfer.secagg.newcomer import Newcomer
 from fedinfer.secagg.parameters import Policy
 from fedinfer.secagg.rehearsal import Rehearsal, make_pki, run_round, set_up
-from fedinfer.secagg.round_messages import Reveal, max_bytes, reveal_said
+from fedinfer.secagg.round_messages import (
+    Endorsement,
+    Reveal,
+    max_bytes,
+    offer_header,
+    offer_said,
+    reveal_said,
+    survivors_said,
+)
 from fedinfer.secagg.session import agree, check_roster
 from fedinfer.secagg.setup_messages import Openings, Roster
 
@@ -214,18 +222,17 @@ def test_a_bad_share_is_survived_if_there_are_more_and_told_if_not() -> None:
         for n, one in members.items():
             reveal = one.reveal(quorum)
             if n == 3:
-                # Member 3 lies about everybody's share, and signs it.
+                # Member 3 lies about everybody's share, and signs it; of others than its neighbours it may not.
                 lies = {other: bytes(33) for other in reveal.seeds}
-                context = coordinator._round.context
-                said = reveal_said(context=context, member=3, seeds=lies, keys={})
-                reveal = Reveal(
-                    session=reveal.session,
-                    round=round,
-                    member=3,
-                    seeds=lies,
-                    keys={},
-                    signature=one._identity.sign(said),
-                )
+
+                def lying(seeds: Boxes, keys: Boxes, reveal: Reveal = reveal) -> Reveal:
+                    said = reveal_said(context=coordinator._round.context, member=3, seeds=seeds, keys=keys)
+                    return replace(reveal, seeds=seeds, keys=keys, signature=members[3]._identity.sign(said))
+
+                for seeds, keys in (({}, {}), (lies, {0: bytes(33)})):
+                    with pytest.raises(ProtocolViolation, match="others"):
+                        coordinator.add_reveal(lying(seeds, keys))
+                reveal = lying(lies, {})
             if n < 8 - missing:
                 coordinator.add_reveal(reveal)
         if missing < 2:
@@ -389,3 +396,52 @@ def test_what_comes_out_of_turn_at_the_server_is_refused() -> None:
     assert coordinator.total().tolist() == expected_sum(inputs, {4}, spec)
     with pytest.raises(ProtocolViolation, match="outside a round"):
         coordinator.total()
+
+
+def test_a_corrupt_member_spoils_its_message_and_not_the_round() -> None:
+    pki, identities = make_pki(5)
+    here = set_up(pki=pki, identities=identities, policy=Policy(corrupt=0.0, dropout=0.4), run=b"corrupt")
+    coordinator, members, session = here.coordinator, here.participants, here.coordinator.session
+    spec, liar = SumSpec(length=2, bits=32, bound=50), identities[4]
+    inputs = vectors(5, spec, 3)
+
+    def refused(step: Callable[[Any], object], message: Message, match: str) -> None:
+        with pytest.raises(ProtocolViolation, match=match):
+            step(message)
+
+    for n in (0, 1):
+        coordinator.add_offer(members[n].offer(1))
+    with pytest.raises(RoundFailed, match="offers: got 2"):
+        coordinator.begin(1, spec=spec, model=MODEL)
+    for n in (2, 3):
+        coordinator.add_offer(members[n].offer(1))
+    offer = members[4].offer(1)
+    boxes = {n: box for n, box in offer.boxes.items() if n != 2}
+    header = offer_header(session=session.id, round=1, sender=4, mask_key=offer.mask_key, seed_digest=offer.seed_digest)
+    few = replace(offer, boxes=boxes, signature=liar.sign(offer_said(header=header, boxes=boxes)))
+    refused(coordinator.add_offer, few, "3 boxes")
+    coordinator.add_offer(offer)
+    with pytest.raises(BadUsage, match="modulus"):
+        coordinator.begin(1, spec=SumSpec(length=2, bits=7, bound=50), model=MODEL)
+    inboxes = coordinator.begin(1, spec=spec, model=MODEL)
+    refused(coordinator.add_offer, replace(offer, member=4), "too late")
+    other = members[4].masked(inboxes[4], inputs[4], spec=spec, model=bytes(32))
+    refused(coordinator.add_masked, other, "another model")
+    for n in (0, 1, 2, 3):
+        coordinator.add_masked(members[n].masked(inboxes[n], inputs[n], spec=spec, model=MODEL))
+    lists = coordinator.survivors()
+    assert list(lists) == [0, 1, 2, 3]
+    context = coordinator._round.context
+    signature = liar.sign(survivors_said(context=context, survivors=(0, 1, 2, 3)))
+    mine = Endorsement(session=session.id, round=1, member=4, signature=signature)
+    refused(coordinator.add_endorsement, mine, "no survivor")
+    for n in lists:
+        coordinator.add_endorsement(members[n].endorse(lists[n]))
+    quorum = coordinator.quorum()
+    shares = {n: bytes(33) for n in (0, 1, 2, 3)}
+    said = reveal_said(context=context, member=4, seeds=shares, keys={})
+    lie = Reveal(session=session.id, round=1, member=4, seeds=shares, keys={}, signature=liar.sign(said))
+    refused(coordinator.add_reveal, lie, "others")
+    for n in lists:
+        coordinator.add_reveal(members[n].reveal(quorum))
+    assert coordinator.total().tolist() == expected_sum(inputs, {4}, spec)
