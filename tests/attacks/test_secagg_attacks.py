@@ -657,6 +657,29 @@ def chosen_dropouts_ring() -> bool:
     return chosen_dropouts(ring(1000, 64, np.random.default_rng(5).permutation(1000)), 32)
 
 
+def unsafe_graphs(cycles: int, threshold: int, cut_off: int, graphs: int) -> int:
+    """Of random graphs of 16, one corrupt: for how many the best choice of at most one dropout shows a group's sum."""
+    found = 0
+    for seed in range(graphs):
+        near = random_cycles(seed.to_bytes(32, "big"), count=16, cycles=cycles)
+        choices = [set(), *({place} for place in range(1, 16))]
+        found += any(
+            size < 15 - len(dropped) - cut_off
+            for dropped in choices
+            for size in shown_groups(near, {0}, dropped, threshold)
+        )
+    return found
+
+
+def test_the_bound_holds_for_the_best_choice_of_dropouts() -> None:
+    small = sparsest(clients=16, corrupt=1, dropouts=1, bits=2)
+    assert small is not None
+    # At most a quarter of 400, and 6 standard deviations.
+    assert unsafe_graphs(small.cycles, small.threshold, small.cut_off, 400) <= 100 + 6 * 8.7
+    # A single cycle falls apart nearly always.
+    assert unsafe_graphs(1, 1, 1, 100) > 50
+
+
 # --- The coalition's game. ---
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedinfer.errors import BadUsage
 from fedinfer.secagg import graph
-from fedinfer.secagg.graph import complete, random_cycles, sparsest
+from fedinfer.secagg.graph import Sparseness, complete, random_cycles, sparsest
 from fedinfer.secagg.parameters import SPARSE_FROM, Parameters, Policy
 
 
@@ -106,6 +106,11 @@ def test_neighbours_are_computed_and_64_of_1000_are_not_enough_against_chosen_dr
     weaker = sparsest(clients=1000, corrupt=100, dropouts=100, bits=17)
     assert weaker is not None
     assert weaker.cycles < found.cycles
+
+
+def test_the_numbers_of_1000_clients() -> None:
+    assert sparsest(clients=1000, corrupt=100, dropouts=100, bits=40) == Sparseness(cycles=40, threshold=41, cut_off=5)
+    assert sparsest(clients=1000, corrupt=50, dropouts=50, bits=40) == Sparseness(cycles=24, threshold=25, cut_off=3)
 
 
 def test_no_sparse_graph_is_safe_with_too_many_bad_members() -> None:

@@ -1,6 +1,7 @@
 """Messages as bytes: they come back, and what is no message raises one kind of error."""
 
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,22 @@ from fedinfer.secagg.round_messages import (
     Receipt,
     Reveal,
     Survivors,
+    context_of,
+    masked_said,
+    offer_header,
+    offer_said,
+    reveal_said,
+    survivors_said,
 )
-from fedinfer.secagg.setup_messages import Commit, Opening, Openings, Roster
+from fedinfer.secagg.setup_messages import (
+    Commit,
+    Opening,
+    Openings,
+    Roster,
+    commit_said,
+    commitment_of,
+    opening_said,
+)
 from fedinfer.secagg.shamir import SHARE_BYTES
 
 D, S = bytes(range(32)), bytes(64)
@@ -122,3 +137,29 @@ def test_a_large_count_takes_no_memory() -> None:
 def test_sizes_and_orders_are_checked_when_a_message_is_made(message: Message, change: dict[str, object]) -> None:
     with pytest.raises(ProtocolViolation):
         replace(message, **change)
+
+
+@pytest.mark.parametrize(
+    ("said", "values"),
+    [
+        (commit_said, {"pki": D, "run": b"r", "member": 1, "policy": D, "channel_key": D, "commitment": D}),
+        (commitment_of, {"run": b"r", "member": 1, "nonce": D}),
+        (opening_said, {"roster": D, "member": 1, "nonce": D}),
+        (offer_header, {"session": D, "round": 1, "sender": 1, "mask_key": D, "seed_digest": D}),
+        (offer_said, {"header": D, "boxes": {1: b"x"}}),
+        (context_of, {"session": D, "round": 1, "model": D, "spec": D, "active": (1, 2)}),
+        (masked_said, {"context": D, "member": 1, "vector": D}),
+        (survivors_said, {"context": D, "survivors": (1, 2)}),
+        (reveal_said, {"context": D, "member": 1, "seeds": {1: b"x"}, "keys": {2: b"x"}}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_whatever_is_said_counts(said: Callable[..., bytes], values: dict[str, object]) -> None:
+    others: dict[type, object] = {int: 77, bytes: b"other", tuple: (1, 3), dict: {3: b"x"}}
+    changed = [said(**values | {name: others[type(value)]}) for name, value in values.items()]
+    assert len({said(**values), *changed}) == len(values) + 1
+
+
+def test_nobody_is_said_to_be_both() -> None:
+    left = reveal_said(context=D, member=1, seeds={1: b"x", 2: b"y"}, keys={})
+    assert left != reveal_said(context=D, member=1, seeds={1: b"x"}, keys={2: b"y"})

@@ -3,6 +3,8 @@
 import copy
 import os
 import pickle
+import sys
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,12 +26,15 @@ from fedinfer.secagg.parameters import Policy
 from fedinfer.secagg.rehearsal import Rehearsal, make_pki, run_round, set_up
 from fedinfer.secagg.round_messages import (
     Endorsement,
+    Masked,
     Reveal,
+    masked_said,
     max_bytes,
     offer_header,
     offer_said,
     reveal_said,
     survivors_said,
+    vector_digest,
 )
 from fedinfer.secagg.session import agree, check_roster
 from fedinfer.secagg.setup_messages import Openings, Roster
@@ -47,6 +52,14 @@ def rehearsal(clients: int, corrupt: float, dropout: float) -> Rehearsal:
 def vectors(clients: int, spec: SumSpec, seed: int) -> dict[int, Words]:
     random = np.random.default_rng(seed)
     return {n: random.integers(0, spec.bound, spec.length, endpoint=True).astype(spec.word) for n in range(clients)}
+
+
+def refuses(step: Callable[[], object]) -> bool:
+    try:
+        step()
+    except ProtocolViolation:
+        return True
+    return False
 
 
 def expected_sum(inputs: dict[int, Words], missing: Collection[int], spec: SumSpec) -> list[int]:
@@ -266,21 +279,26 @@ def test_inputs_that_do_not_fit_leave_the_round_open() -> None:
 
 
 def test_of_many_threads_one_gets_the_masked_vector() -> None:
-    here, spec = rehearsal(4, 0.1, 0.25), SumSpec(length=3000, bits=32, bound=50)
+    here, spec = rehearsal(4, 0.1, 0.25), SumSpec(length=200_000, bits=32, bound=50)
     coordinator, round = here.coordinator, next(ROUNDS)
     for one in here.participants.values():
         coordinator.add_offer(one.offer(round))
     inbox, one = coordinator.begin(round, spec=spec, model=MODEL)[0], here.participants[0]
+    together = threading.Barrier(8)
 
     def ask(value: int) -> bool:
-        try:
-            one.masked(inbox, np.full(3000, value, np.uint32), spec=spec, model=MODEL)
-        except ProtocolViolation:
-            return False
-        return True
+        vector = np.full(spec.length, value, np.uint32)
+        together.wait()
+        return not refuses(lambda: one.masked(inbox, vector, spec=spec, model=MODEL))
 
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(ask, range(32))) == 1
+    before = sys.getswitchinterval()
+    try:
+        # Threads take turns all the time.
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(ask, range(8))) == 1
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_forked_copy_refuses_to_work() -> None:
@@ -396,6 +414,27 @@ def test_what_comes_out_of_turn_at_the_server_is_refused() -> None:
     assert coordinator.total().tolist() == expected_sum(inputs, {4}, spec)
     with pytest.raises(ProtocolViolation, match="outside a round"):
         coordinator.total()
+
+
+def test_who_did_not_offer_is_not_in_the_sum() -> None:
+    pki, identities = make_pki(5)
+    here = set_up(pki=pki, identities=identities, policy=Policy(corrupt=0.0, dropout=0.4), run=b"silent")
+    coordinator, spec = here.coordinator, SumSpec(length=1, bits=32, bound=50)
+    for n in range(4):
+        coordinator.add_offer(here.participants[n].offer(1))
+    coordinator.begin(1, spec=spec, model=MODEL)
+    context, vector = coordinator._round.context, bytes(4)
+    said = masked_said(context=context, member=4, vector=vector_digest(vector))
+    masked = Masked(
+        session=coordinator.session.id,
+        round=1,
+        member=4,
+        context=context,
+        vector=vector,
+        signature=identities[4].sign(said),
+    )
+    with pytest.raises(ProtocolViolation, match="with it"):
+        coordinator.add_masked(masked)
 
 
 def test_a_corrupt_member_spoils_its_message_and_not_the_round() -> None:
