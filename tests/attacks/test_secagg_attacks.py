@@ -348,6 +348,10 @@ def lowered_threshold() -> bool:
     commits = {n: one.commit() for n, one in here.items()}
     commits[1] = replace(commits[1], policy=lax.digest())
     won = accepted(lambda: here[VICTIM].open(Roster.of(commits)))
+    # A corrupt member that really brought the other policy.
+    pki, identities = make_pki(4)
+    mixed = newcomers_of(pki, identities, Policy(dropout=0.25)) | {3: newcomers_of(pki, identities, lax)[3]}
+    won |= accepted(lambda: mixed[VICTIM].open(Roster.of({n: one.commit() for n, one in mixed.items()})))
     cheat = Cheat()
     offers = cheat.offers(1)
     for few in ([0, 1, 2, 3, 4], [0, 7], [1, 2, 3, 4, 5, 6, 7]):

@@ -110,7 +110,7 @@ def test_neighbours_are_computed_and_64_of_1000_are_not_enough_against_chosen_dr
 
 def test_the_numbers_of_1000_clients() -> None:
     assert sparsest(clients=1000, corrupt=100, dropouts=100, bits=40) == Sparseness(cycles=40, threshold=41, cut_off=5)
-    assert sparsest(clients=1000, corrupt=50, dropouts=50, bits=40) == Sparseness(cycles=24, threshold=25, cut_off=3)
+    assert sparsest(clients=1000, corrupt=50, dropouts=50, bits=40) == Sparseness(cycles=24, threshold=25, cut_off=4)
 
 
 def test_no_sparse_graph_is_safe_with_too_many_bad_members() -> None:
