@@ -62,18 +62,18 @@ class Coordinator:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._offers: dict[int, dict[int, Offer]] = {}
+        self._offers: dict[int, Offer] = {}
         self._round: _Round | None = None
 
     def add_offer(self, offer: Offer) -> None:
-        """Keep an offer for its round; it may come at any time before that begins.
+        """Keep a member's offer until its round begins: the one for the latest round.
 
-        Raises: ProtocolViolation if it is not the member's, a second one, or not for just its neighbours.
+        Raises: ProtocolViolation if it is not the member's, too late, a second one, or not for just its neighbours.
         """
         session = self.session
         self._check_member(offer.session, offer.member)
-        earlier = self._offers.get(offer.round, {})
-        if offer.member in earlier or (self._round and offer.round <= self._round.number):
+        kept = self._offers.get(offer.member)
+        if (kept and offer.round <= kept.round) or (self._round and offer.round <= self._round.number):
             raise ProtocolViolation(
                 f"offer of member {offer.member}: got one for round {offer.round} too late or twice"
             )
@@ -89,7 +89,7 @@ class Coordinator:
         check_signature(
             session.identity_keys[offer.member], offer_said(header=header, boxes=offer.boxes), offer.signature
         )
-        self._offers.setdefault(offer.round, {})[offer.member] = offer
+        self._offers[offer.member] = offer
 
     def begin(self, round: int, *, spec: SumSpec, model: bytes) -> dict[int, Inbox]:
         """Start a round with those who offered for it, and drop what is left of earlier ones: an inbox for each.
@@ -100,10 +100,12 @@ class Coordinator:
         spec.check_clients(session.parameters.clients)
         if self._round and round <= self._round.number:
             raise ProtocolViolation(f"round: got {round}, expected one after {self._round.number}")
-        offers = self._offers.get(round, {})
-        active = tuple(sorted(offers))
+        offers = {
+            member: self._offers[member] for member in sorted(self._offers) if self._offers[member].round == round
+        }
+        active = tuple(offers)
         self._check_enough("offers", len(active))
-        self._offers = {later: kept for later, kept in self._offers.items() if later > round}
+        self._offers = {member: offer for member, offer in self._offers.items() if offer.round > round}
         context = context_of(session=session.id, round=round, model=model, spec=spec.digest(), active=active)
         self._round = _Round(
             number=round, context=context, spec=spec, offers=offers, total=np.zeros(spec.length, spec.word)
@@ -209,12 +211,16 @@ class Coordinator:
     def total(self) -> Words:
         """The sum (length,) of the survivors' vectors modulo 2^bits; the round is over.
 
-        Raises: RoundFailed if there are too few shares of somebody, or they fit nothing it announced.
+        Raises: RoundFailed if there are too few shares of somebody, or they fit nothing it announced. More reveals
+            may come then, and the call again. ProtocolViolation before `survivors`.
         """
         round, session = self._open_round(), self.session
+        if not round.survivors:
+            raise ProtocolViolation("total: got asked before the survivors, expected it after the reveals")
+        masks = []
         for member in round.survivors:
             seed = self._recover(member, "seed", seed_digest, round.offers[member].seed_digest)
-            add_mask(round.total, own_seed(seed, context=round.context, member=member), sign=-1)
+            masks.append((own_seed(seed, context=round.context, member=member), -1))
         for member in round.offers:
             left = [other for other in session.neighbours[member] if other in round.receipts]
             if member in round.receipts or not left:
@@ -223,7 +229,10 @@ class Coordinator:
             for other in left:
                 public = round.offers[other].mask_key
                 seed = mask_seed(key, public, context=round.context, pair=(member, other))
-                add_mask(round.total, seed, sign=-1 if other < member else 1)
+                masks.append((seed, -1 if other < member else 1))
+        # From here on nothing fails, so that a call that raised may come again when more shares are there.
+        for seed, sign in masks:
+            add_mask(round.total, seed, sign=sign)
         round.spec.reduce(round.total)
         total, round.total = round.total, np.zeros(0, round.spec.word)
         return total

@@ -4,7 +4,7 @@ The graph is the union of `cycles` independent, uniformly random Hamiltonian cyc
 2 · cycles neighbours. (In Bell et al. it is a ring of random order, against a server that follows the protocol. Ours
 also says afterwards who dropped out, knowing the graph; a ring is cut by the 2k members around an arc.)
 
-Reference: Bell et al. 2020, doi:10.1145/3372297.3417885 (arXiv:2020.704 eprint), section 3.
+Reference: Bell et al. 2020, doi:10.1145/3372297.3417885 (ePrint 2020/704), section 3.
 """
 
 from dataclasses import dataclass
@@ -70,8 +70,9 @@ def sparsest(*, clients: int, corrupt: int, dropouts: int, bits: int) -> Sparsen
 
         P[unsafe] ≤ P[somebody has ≥ min(t, t - s₀ + 2) corrupt neighbours] + Σ_{s ≥ s₀} P[a group of s is apart],
 
-    where the second is a union over the groups of at most half and over who drops out. The first tail is exact, in
-    integers. Groups smaller than s₀ are not unmasked, but may be cut off from the others' sum: at most s₀ - 1 members.
+    where the second is a union over the groups of at most half and over who drops out (fewer dropouts are a part of
+    more, since those may be taken from both sides). The first tail is exact, in integers. Groups smaller than s₀ are
+    not unmasked, but may be cut off from the others' sum: at most s₀ - 1 members.
 
     None if no graph does, in which some are not neighbours.
     """
