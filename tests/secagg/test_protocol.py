@@ -279,7 +279,7 @@ def test_inputs_that_do_not_fit_leave_the_round_open() -> None:
 
 
 def test_of_many_threads_one_gets_the_masked_vector() -> None:
-    here, spec = rehearsal(4, 0.1, 0.25), SumSpec(length=200_000, bits=32, bound=50)
+    here, spec = rehearsal(4, 0.1, 0.25), SumSpec(length=2_000_000, bits=32, bound=50)
     coordinator, round = here.coordinator, next(ROUNDS)
     for one in here.participants.values():
         coordinator.add_offer(one.offer(round))
