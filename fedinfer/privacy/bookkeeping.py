@@ -10,6 +10,7 @@ Reference: Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038 (
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,10 +58,16 @@ def clipped_gradient(
     `x` (B, ...) is one tensor, or a tuple of them that the model takes as its arguments; `y` is (B, ...).
 
     The loss of an example, and all that the model makes of it, must come from that example alone. The first call with
-    a model, a loss and two examples or more sees to that by a second backward pass, and again when modules or training
-    modes have changed. A model that mixes or moves examples on the way to its loss is then run on each example alone,
-    as are models with parameters outside the layers that `layers.py` knows. What no gradient shows, such as a division
-    by a detached mean of the batch, is not seen. While this runs, no other thread may use the model.
+    a model, a loss and two examples or more sees to that, by a second backward pass and by running two examples alone.
+    So does each call until one had gradients that say something at every layer and for every example, and again when
+    modules, training modes, trained parameters, the loss, what its function holds or the shape of an example change.
+    A model that mixes or moves examples on the way to its loss is then run on each example alone, as are models with
+    parameters outside the layers that `layers.py` knows.
+
+    Not seen are mixing that shows in no gradient, such as a division by a detached mean of the batch, if the model
+    draws random numbers, as dropout does; mixing that begins later by an attribute, a global or the inside of an
+    object; and what a model keeps of examples elsewhere than in buffers. While this runs, no other thread may use the
+    model.
 
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x, y = torch.eye(2), model.weight[0].detach() + torch.tensor([9.0, 0.5])
@@ -70,8 +77,9 @@ def clipped_gradient(
 
     Guarantees: one example changes the result by at most `clip_norm` in L2 norm, up to the rounding of the sum; an
     example whose gradient is not finite contributes zero; no examples give zeros; the model stays as it is.
-    Raises: BadUsage if a layer mixes examples or keeps what it saw of them, or for a parameter that is not float32 or
-    float64; ShapeMismatch if inputs, targets and losses are not as many.
+    Raises: BadUsage if a layer mixes examples or keeps what it saw of them, if the model changes a buffer, for a
+    parameter that is not float32 or float64, or under autocast; ShapeMismatch if inputs, targets and losses are not as
+    many.
     Reference: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
     """
     if not CLIP_NORMS[0] <= clip_norm <= CLIP_NORMS[1]:
@@ -83,7 +91,7 @@ def clipped_gradient(
     structure = examined(model)
     if y.shape[0] == 0:
         return _whole({}, structure, below_clip=0, nonfinite=0)
-    with torch.enable_grad():
+    with torch.enable_grad(), _keeping(structure.buffers):
         uses = uses_by_name(model, structure, loss_fn, inputs, y)
         if uses is not None:
             return _clipped(uses, structure, y.shape[0], clip_norm)
@@ -96,6 +104,36 @@ def clipped_gradient(
         below_clip=sum(part.below_clip for part in parts),
         nonfinite=sum(part.nonfinite for part in parts),
     )
+
+
+@contextmanager
+def _keeping(buffers: Mapping[str, tuple[nn.Module, str]]) -> Iterator[None]:
+    """Puts back what changed of the buffers, and refuses the model for it."""
+    before = {name: module._buffers[own] for name, (module, own) in buffers.items()}
+    copies = {name: None if buffer is None else buffer.detach().clone() for name, buffer in before.items()}
+    changed = []
+    try:
+        yield
+    finally:
+        for name, (module, own) in buffers.items():
+            buffer, copy = before[name], copies[name]
+            if module._buffers.get(own) is not buffer or not _is_kept(buffer, copy):
+                changed.append(name)
+                module._buffers[own] = buffer
+                if buffer is not None and copy is not None:
+                    with torch.no_grad():
+                        (buffer if buffer.grad_fn is None else buffer.detach_()).resize_as_(copy).copy_(copy)
+    if changed:
+        raise BadUsage(
+            f"buffer {changed[0]!r}: got a model that changes it when it runs, expected one that keeps nothing of its "
+            "examples; leave it out, or use eval()"
+        )
+
+
+def _is_kept(buffer: Tensor | None, copy: Tensor | None) -> bool:
+    if buffer is None or copy is None:
+        return buffer is copy
+    return buffer.shape == copy.shape and bool(((buffer == copy) | (buffer != buffer) & (copy != copy)).all())
 
 
 def _clipped(uses: dict[str, Use], structure: Structure, count: int, clip_norm: float) -> ClippedGradient:

@@ -3,7 +3,9 @@
 Layers for which an example has no gradient of its own, or that keep what they saw of examples, are refused.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import nn
@@ -14,15 +16,37 @@ from fedinfer.errors import BadUsage
 from fedinfer.privacy.layers import is_known
 
 
+class Held:
+    """Equal to another that holds the same object, and to none once the object is gone.
+
+    An object is kept alive only if Python has no weak references to its kind. Numbers in place of objects, as `id`
+    gives them, are used again.
+    """
+
+    def __init__(self, value: object) -> None:
+        try:
+            self._value: Callable[[], object] = ref(value)
+        except TypeError:
+            self._value = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        value = self._value()
+        return isinstance(other, Held) and value is not None and other._value() is value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Structure:
     """`layers` hold the parameters that are `trained`; `known` says whether `layers.py` knows them all.
 
-    `state` changes with the model's modules and their training modes.
+    `state` changes with the model's modules, their training modes and which parameters are trained. `buffers` are all
+    of the model's, by name, with the module and the name there.
     """
 
     trained: dict[str, nn.Parameter]
     layers: list[nn.Module]
+    buffers: dict[str, tuple[nn.Module, str]]
     known: bool
     state: tuple[object, ...]
 
@@ -31,16 +55,21 @@ def examined(model: nn.Module) -> Structure:
     """The structure of a model.
 
     Raises: BadUsage for a layer that mixes examples or keeps what it saw of them, with what to use instead; for a
-    parameter that is neither float32 nor float64, or has a hook on its gradient.
+    parameter that is neither float32 nor float64, or has a hook on its gradient; under autocast.
     """
     trained: dict[str, nn.Parameter] = {}
-    layers, state, seen, known = [], [], set(), True
+    buffers: dict[str, tuple[nn.Module, str]] = {}
+    state: list[object] = []
+    layers, seen, known = [], set(), True
     for prefix, module in model.named_modules():
         if isinstance(module, _SUSPECTS) and (reason := _reason(module)):
             raise BadUsage(f"layer {prefix!r}: got {type(module).__name__}, which {reason}")
-        state += [id(module), module.training]
+        state += [Held(module), module.training]
+        for name in module._buffers:
+            buffers[f"{prefix}.{name}" if prefix else name] = module, name
         trains = False
         for name, parameter in module._parameters.items():
+            state.append(parameter is not None and parameter.requires_grad)
             if parameter is None or not parameter.requires_grad:
                 continue
             trains = True
@@ -51,11 +80,13 @@ def examined(model: nn.Module) -> Structure:
             layers.append(module)
             known = known and is_known(module)
     for name, parameter in trained.items():
+        if torch.is_autocast_enabled(parameter.device.type):
+            raise BadUsage(f"parameter {name!r}: got autocast on {parameter.device.type}, expected none; leave it out")
         if parameter.dtype is not torch.float32 and parameter.dtype is not torch.float64:
             raise BadUsage(f"parameter {name!r}: got {parameter.dtype}, expected torch.float32 or torch.float64")
         if parameter._backward_hooks:
             raise BadUsage(f"parameter {name!r}: got a hook on its gradient, expected none; change the sum instead")
-    return Structure(trained=trained, layers=layers, known=known, state=tuple(state))
+    return Structure(trained=trained, layers=layers, buffers=buffers, known=known, state=tuple(state))
 
 
 _SUSPECTS = (_BatchNorm, _InstanceNorm, nn.Embedding, nn.EmbeddingBag)
