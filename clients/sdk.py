@@ -1,6 +1,7 @@
 """The device: the only place that touches rows. It enforces its own ledger and takes no policy from a server."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,7 @@ from fedinfer.privacy import (
     insecure_seeded_noise,
     os_noise,
 )
+from fedinfer.privacy.heads import HeadFile
 from fedinfer.training import StepReply, StepTask, private_step, unsafe_step
 
 log = logging.getLogger("fedinfer.device")
@@ -37,12 +39,18 @@ class DeviceConfig:
     `data` is a CSV file, or None for a hospital of the bundled public table (`partition`). `public_data` says that
     the rows protect nobody: only then may the ledger be left out, and only then does the device train without a
     plan. `insecure_seeded_noise` makes runs repeatable and ε void.
+
+    `ledger_head` (the path of its head file) and `ledger_public_key` (32 bytes in hex) pin the ledger; `fedinfer
+    ledger init` prints them. Without them the ledger file says itself which key and head it has, and another ledger
+    put in its place is believed.
     """
 
     data: Path | None
     partition: int = 0
     schema: str = BUNDLED
     ledger: Path | None = None
+    ledger_head: Path | None = None
+    ledger_public_key: str | None = None
     public_data: bool = False
     insecure_seeded_noise: str = field(default="", repr=False)
 
@@ -52,14 +60,24 @@ class DeviceConfig:
                 'device: got no ledger, expected ledger="PATH" in the node configuration; '
                 "make one with `fedinfer ledger init PATH --epsilon E --delta D`"
             )
+        if self.ledger is None and (self.ledger_head is not None or self.ledger_public_key is not None):
+            raise BadUsage("device: got ledger-head or ledger-public-key without a ledger, expected the ledger too")
+        if self.ledger_public_key is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.ledger_public_key):
+            raise BadUsage(
+                f"device: got a ledger-public-key of {len(self.ledger_public_key)} characters, expected 64 of hex; "
+                "`fedinfer ledger init` prints it"
+            )
 
     @classmethod
     def from_node(cls, node: Mapping[str, bool | float | int | str]) -> Self:
-        """Read a Flower node configuration: data, schema, ledger, public-data, insecure-seeded-noise, partition-id.
+        """Read a Flower node configuration.
 
-        Raises: BadUsage for an unknown key or a value of another type.
+        Its keys: data, schema, ledger, ledger-head, ledger-public-key, insecure-seeded-noise (text), public-data (yes
+        or no), partition-id and num-partitions (whole numbers).
+        Raises: BadUsage for an unknown key or a value of another type, and for a pin that is empty.
         """
         kinds: dict[str, type] = {"data": str, "schema": str, "ledger": str, "public-data": bool}
+        kinds |= {"ledger-head": str, "ledger-public-key": str}
         kinds |= {"insecure-seeded-noise": str, "partition-id": int, "num-partitions": int}
         for key, value in node.items():
             if key not in kinds or type(value) is not kinds[key]:
@@ -67,11 +85,18 @@ class DeviceConfig:
                     f"node configuration: got {key} of type {type(value).__name__}, expected {sorted(kinds)}"
                 )
         data, ledger = str(node.get("data", "")), str(node.get("ledger", ""))
+        pins = {key: str(node[key]) for key in ("ledger-head", "ledger-public-key") if key in node}
+        for key, value in pins.items():
+            # A variable that was not set must not unpin the ledger.
+            if not value:
+                raise BadUsage(f'node configuration: got {key}="", expected a value; leave the key out to pin nothing')
         return cls(
             data=Path(data) if data else None,
             partition=int(node.get("partition-id", 0)),
             schema=str(node.get("schema", BUNDLED)),
             ledger=Path(ledger) if ledger else None,
+            ledger_head=Path(pins["ledger-head"]) if "ledger-head" in pins else None,
+            ledger_public_key=pins.get("ledger-public-key"),
             public_data=bool(node.get("public-data", False)) or not data,
             insecure_seeded_noise=str(node.get("insecure-seeded-noise", "")),
         )
@@ -107,7 +132,8 @@ class Device:
         if config.ledger is None:
             ledger = PrivacyLedger.scratch(epsilon=SCRATCH_EPSILON, delta=SCRATCH_DELTA)
         else:
-            ledger = PrivacyLedger.open(config.ledger)
+            head = None if config.ledger_head is None else HeadFile(config.ledger_head.absolute())
+            ledger = PrivacyLedger.open(config.ledger, head=head, public_key=config.ledger_public_key)
         return cls(
             table=_read(config, schema),
             schema=schema,

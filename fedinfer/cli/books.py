@@ -23,7 +23,7 @@ def init_ledger(
     head: Path | None,
     as_json: bool,
 ) -> None:
-    """Make a ledger with a budget and say its enrolment id."""
+    """Make a ledger with a budget, and say its enrolment id and what to pin."""
     with PrivacyLedger.create(path, epsilon=epsilon, delta=delta, filter=filter, key=key, head=head) as ledger:
         summary = ledger.summary()
     if as_json:
@@ -32,10 +32,11 @@ def init_ledger(
     else:
         out.print(f"{path}: enrolled as {summary.enrolment}, budget ε = {epsilon:g} at δ = {delta:g}")
         out.print(f"public key {summary.public_key}: give it to whoever may check the ledger")
+        out.print(f"pin it where the ledger is used, in the node configuration: {_pins(summary)}")
 
 
 def show_ledger(path: Path, *, as_json: bool) -> None:
-    """Print budget and runs."""
+    """Print budget, key, head and runs."""
     with PrivacyLedger.open(path) as ledger:
         summary = ledger.summary()
     if as_json:
@@ -46,6 +47,7 @@ def show_ledger(path: Path, *, as_json: bool) -> None:
         f"spent ε {summary.spent_epsilon:.4g} of {summary.budget_epsilon:g}, "
         f"δ {summary.spent_delta:.3g} of {summary.budget_delta:g} ({_rule(summary)})"
     )
+    out.print(f"public key {summary.public_key}, as this file says; to pin: {_pins(summary)}")
     out.print(f"head: {summary.head or 'none kept, so an older copy in its place is not found out'}")
     rows = [
         (
@@ -99,9 +101,12 @@ def export_ledger(path: Path, *, to: Path, as_json: bool) -> None:
 
 
 def _verify_database(path: Path, head: Path | None, public_key: str | None) -> dict[str, Any]:
-    opened = PrivacyLedger.open(path) if head is None else PrivacyLedger.open_with_new_head(path, head=head)
+    if head is None:
+        opened = PrivacyLedger.open(path, public_key=public_key)
+    else:
+        opened = PrivacyLedger.open_with_new_head(path, head=head, public_key=public_key)
     with opened as ledger:
-        entries, summary = ledger.verify(public_key=public_key), ledger.summary()
+        entries, summary = ledger.verify(), ledger.summary()
     return {
         "entries": entries,
         "verified": True,
@@ -109,6 +114,12 @@ def _verify_database(path: Path, head: Path | None, public_key: str | None) -> d
         "public_key": summary.public_key,
         "head": summary.head,
     }
+
+
+def _pins(summary: LedgerSummary) -> str:
+    """What a node configuration takes to know this ledger from every other."""
+    head = "" if summary.head is None else f' ledger-head="{summary.head}"'
+    return f'ledger-public-key="{summary.public_key}"{head}'
 
 
 def _rule(summary: LedgerSummary) -> str:

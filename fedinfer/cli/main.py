@@ -299,7 +299,10 @@ def ledger_init(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Enrol a data set: set its budget, once. Its id is random and says nothing about the rows."""
+    """Enrol a data set: set its budget, once. Its id is random and says nothing about the rows.
+
+    Prints the public key: pin it, and the head, where the ledger is used, or another ledger in its place is believed.
+    """
     from fedinfer.cli.books import init_ledger
 
     init_ledger(path, epsilon=epsilon, delta=delta, filter=filter.value, key=key, head=head, as_json=json)
@@ -307,7 +310,7 @@ def ledger_init(
 
 @ledger_app.command("show", epilog="Example:  fedinfer ledger show cleveland.ledger")
 def ledger_show(path: LedgerPath, json: Json = False) -> None:
-    """Print the budget and each run charged to it."""
+    """Print the budget, the public key and the head to pin, and each run charged to the budget."""
     from fedinfer.cli.books import show_ledger
 
     show_ledger(path, as_json=json)

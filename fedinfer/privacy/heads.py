@@ -2,7 +2,8 @@
 
 A ledger on one disk cannot tell that the disk was set back. A `Head` can: it remembers the number and the hash of the
 newest entry and never goes back. `HeadFile` keeps it in a file, which belongs on another disk or under another account
-than the ledger. A server may keep it too: whatever has `read` and `advance` will do.
+than the ledger. A server may keep it too: whatever has `read` and `advance` will do. The ledger notes where its
+head is, so another ledger in its place may name another head or none: who opens it should say which to ask.
 """
 
 import fcntl
@@ -125,7 +126,7 @@ def check_not_rolled_back(name: str, kept: Mark, mark: Mark, hash_at: Callable[[
     if kept.enrolment != mark.enrolment:
         raise LedgerError(
             f"ledger {name}: got the head of ledger {kept.enrolment}, expected {mark.enrolment}; each ledger needs a "
-            "head of its own"
+            "head of its own, and if it has, another ledger was put in this one's place"
         )
     if kept.number > mark.number:
         raise rolled_back(name, f"its head knows of {kept.number} entries, it has {mark.number}")

@@ -9,8 +9,10 @@ by the filter that was chosen when the ledger was made (`filters.py`), also when
 A repeated round draws fresh noise and is one more release of the plan; when its steps are used up, the ledger refuses.
 
 Adversary: crashes, retries, several processes at once, a server that asks again; whoever changes entries without the
-signing key; with a head kept elsewhere (`heads.py`), whoever puts an old copy in the ledger's place. Not: somebody who
-may write ledger, key and head.
+signing key; with a head kept elsewhere (`heads.py`), whoever puts an old copy from after the head was given in the
+ledger's place. A ledger says itself which key and which head it has. So whoever puts another ledger in its place, or a
+copy from before the head, is found out only if the data holder pins them at `open`. Not: somebody who may write ledger
+and key, and the head or how it is pinned.
 """
 
 import secrets
@@ -60,11 +62,14 @@ class PrivacyLedger:
     (1.0, 0.0, {'name': 'basic'})
     """
 
-    def __init__(self, store: Store, name: str, *, key: SigningKey | None, head: Head | None) -> None:
+    def __init__(
+        self, store: Store, name: str, *, key: SigningKey | None, head: Head | None, public_key: str | None
+    ) -> None:
         self._store = store
         self._name = name
         self._signing_key = key
-        self._given_head = head
+        self._pinned_head = head
+        self._pinned_key = public_key
         self._history = History(name)
 
     @classmethod
@@ -105,16 +110,23 @@ class PrivacyLedger:
         """A ledger in memory, for evaluations on public data: it protects nobody and is gone with the process."""
         key = SigningKey.generate()
         draft = _enrolment(epsilon=epsilon, delta=delta, filter="basic", key=None, head=None)
-        return cls(Store.in_memory(_first(key, draft)), ":memory:", key=key, head=None)
+        return cls(Store.in_memory(_first(key, draft)), ":memory:", key=key, head=None, public_key=None)
 
     @classmethod
-    def open(cls, path: Path, *, head: Head | None = None) -> Self:
-        """Open a ledger file; one of format 1 is brought to this format. `head` is asked instead of the recorded one.
+    def open(cls, path: Path, *, head: Head | None = None, public_key: str | None = None) -> Self:
+        """Open a ledger file; one of format 1 is brought to this format, unless something is pinned.
 
+        `head` and `public_key` (hex) are what the data holder knows of the ledger from elsewhere. `head` is asked
+        instead of the recorded one, and advanced.
+
+        Guarantees: with `public_key`, no ledger of another key opens; with `head`, no other ledger does, and no copy
+        that lacks a release that was made. With either, a file of format 1 is refused and left as it was: it has no
+        key, and no head knows it.
         Raises: LedgerError if there is none, or it is not a ledger, or its entries do not verify, or its head says
-        that it was set back.
+        that it was set back, or it is not the one that was pinned.
         """
-        ledger = cls._of_this_format(path, head=head)
+        store = _of_this_format(path, pinned=head is not None or public_key is not None)
+        ledger = cls(store, str(path), key=None, head=head, public_key=public_key)
         try:
             with ledger._reading():
                 pass
@@ -124,20 +136,21 @@ class PrivacyLedger:
         return ledger
 
     @classmethod
-    def open_with_new_head(cls, path: Path, *, head: Path) -> Self:
+    def open_with_new_head(cls, path: Path, *, head: Path, public_key: str | None = None) -> Self:
         """Open a ledger and keep its head in the file `head` from now on: the old one was lost, moved, or never there.
 
-        The entries are verified first. It is for the data holder to decide: what an old copy of the ledger has
-        forgotten, nobody remembers once the head that knew it is gone.
+        The entries are verified first, under `public_key` if it is given. It is for the data holder to decide: what
+        an old copy of the ledger has forgotten, nobody remembers once the head that knew it is gone.
         Raises: LedgerError if they do not verify, or if the recorded head or the one in `head` knows of entries that
         this ledger has not: then it was rolled back.
         """
         keeper = HeadFile(head.absolute())
-        ledger = cls._of_this_format(path, head=keeper)
+        store = _of_this_format(path, pinned=public_key is not None)
+        ledger = cls(store, str(path), key=None, head=keeper, public_key=public_key)
         try:
             with ledger._store.transaction():
                 ledger._store.check_file()
-                history = check_entries(str(path), ledger._store.entries(), public_key=None)
+                history = check_entries(str(path), ledger._store.entries(), public_key=public_key)
                 known = {keeper.path, history.head_path or keeper.path}
                 for kept in (HeadFile(place).read() for place in known):
                     if kept is not None:
@@ -150,17 +163,6 @@ class PrivacyLedger:
             ledger.close()
             raise
         return ledger
-
-    @classmethod
-    def _of_this_format(cls, path: Path, *, head: Head | None) -> Self:
-        store = Store.open(path)
-        try:
-            if store.format != FORMAT:
-                migrate(store, path)
-        except BaseException:
-            store.close()
-            raise
-        return cls(store, str(path), key=None, head=head)
 
     def close(self) -> None:
         self._store.close()
@@ -259,8 +261,8 @@ class PrivacyLedger:
             return tuple(self._store.entries())
 
     def _head(self) -> Head | None:
-        if self._given_head is not None:
-            return self._given_head
+        if self._pinned_head is not None:
+            return self._pinned_head
         return None if self._history.head_path is None else HeadFile(self._history.head_path)
 
     def _key(self) -> SigningKey:
@@ -317,8 +319,7 @@ class PrivacyLedger:
         fresh = list(self._store.entries(after=history.number))
         for entry in fresh:
             history.add(entry, signature=entry is fresh[-1])
-        if history.public_key is None:
-            raise LedgerError(f"ledger {self._name}: got no public key, expected one in its enrolment")
+        history.check_key(self._pinned_key)
         head = self._head()
         if head is not None:
             check_head(self._name, head, history.mark, self._store.hash_at)
@@ -354,6 +355,23 @@ class PrivacyLedger:
         self._history.check_neighbours(charge)
         rule.check(self._history.spent, charge.cost)
         return charge
+
+
+def _of_this_format(path: Path, *, pinned: bool) -> Store:
+    """Open a ledger file, and bring it to this format unless a key or a head is pinned: then it must have one."""
+    store = Store.open(path)
+    try:
+        if store.format != FORMAT:
+            if pinned:
+                raise LedgerError(
+                    f"ledger {path}: got format {store.format}, which has no key and no head, expected the ledger "
+                    "whose key or head is pinned; put that back"
+                )
+            migrate(store, path)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def _enrolment(

@@ -25,10 +25,7 @@ def check_entries(name: str, entries: Iterable[Entry], *, public_key: str | None
     history = History(name)
     for entry in entries:
         history.add(entry, signature=True)
-    if history.public_key is None:
-        raise LedgerError(f"ledger {name}: got no signed entry, expected a signed enrolment or migration")
-    if public_key is not None and public_key.lower() != history.public_key:
-        raise LedgerError(f"ledger {name}: got the public key {history.public_key}, expected {public_key.lower()}")
+    history.check_key(public_key)
     return history
 
 

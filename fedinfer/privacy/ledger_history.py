@@ -98,6 +98,16 @@ class History:
             raise LedgerError(f"ledger {self.name}: entry {entry.number}: {error}") from None
         self.number, self.hash = entry.number, entry.hash
 
+    def check_key(self, expected: str | None) -> None:
+        """Raises: LedgerError if the ledger has no public key, or another than `expected` (hex, from elsewhere)."""
+        if self.public_key is None:
+            raise LedgerError(f"ledger {self.name}: got no public key, expected one in its enrolment or migration")
+        if expected is not None and expected.lower() != self.public_key:
+            raise LedgerError(
+                f"ledger {self.name}: got the public key {self.public_key}, expected {expected.lower()}; if that is "
+                "right, another ledger was put in this one's place"
+            )
+
     def check_neighbours(self, charge: Charged) -> None:
         """Raises: LedgerError if its ε is for other neighbours than those charged before: they do not add up."""
         if None not in (charge.neighbours, self._neighbours) and charge.neighbours != self._neighbours:

@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from fedinfer.errors import BudgetExceeded, LedgerError
+from fedinfer.privacy.heads import HeadFile
 from fedinfer.privacy.ledger import PrivacyLedger
 from fedinfer.privacy.ledger_store import Entry
 from fedinfer.privacy.signing import SigningKey
@@ -278,6 +279,134 @@ def test_without_a_head_an_old_copy_is_not_found_out(tmp_path: Path) -> None:
     assert spend(path, "abcdef") == 4
     shutil.copy2(old, path)
     assert spend(path, "ghijkl") == 4
+
+
+def put_in_place(path: Path, other: Path) -> None:
+    """What somebody does who may write the ledger file, and neither its key nor its head."""
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    shutil.copy2(other, path)
+
+
+def replaced_whole(path: Path, loot: Path) -> None:
+    """Another ledger: a key of the thief, a larger budget, no head."""
+    PrivacyLedger.create(loot / "evil", epsilon=900.0, delta=0.1, key=loot / "evil.key").close()
+    put_in_place(path, loot / "evil")
+
+
+def copy_from_before_the_head(path: Path, loot: Path) -> None:
+    put_in_place(path, loot / "early")
+
+
+def forged_format_1(path: Path, loot: Path) -> None:
+    """The enrolment of the true ledger with a larger budget, and no signature."""
+    enrolment = json.loads(entries_of(path)[0].body)["enrolment"]
+    body = json.dumps({"created": "", "delta": 0.1, "enrolment": enrolment, "epsilon": 900.0})
+    first = Entry(number=1, kind="enrol", run="", round=0, attempt=0, body=body, hash="", signature="")
+    shutil.copy2(path, loot / "forged")
+    write_entries(loot / "forged", rechain([first]))
+    with sqlite3.connect(loot / "forged") as connection:
+        connection.execute("ALTER TABLE entries DROP COLUMN signature")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    put_in_place(path, loot / "forged")
+
+
+def another_of_the_same_key(path: Path, loot: Path) -> None:
+    """A larger budget that the data holder gave to other rows, under the same key."""
+    put_in_place(path, loot / "sister")
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the data holder keeps of a ledger where only they may write."""
+
+    path: Path
+    loot: Path
+    head: HeadFile
+    public_key: str
+
+
+@pytest.fixture
+def pins(tmp_path: Path) -> Pins:
+    """A ledger whose budget is spent; key and head are elsewhere, and the head came after a first copy."""
+    path, loot, elsewhere = (tmp_path / name for name in ("holder/ledger", "loot", "elsewhere"))
+    loot.mkdir()
+    PrivacyLedger.create(path, epsilon=1.0, delta=1e-6, key=elsewhere / "key").close()
+    shutil.copy2(path, loot / "early")
+    PrivacyLedger.create(loot / "sister", epsilon=9.0, delta=1e-6, key=elsewhere / "key").close()
+    PrivacyLedger.open_with_new_head(path, head=elsewhere / "head").close()
+    assert spend(path, "abcde") == 4
+    with PrivacyLedger.open(path) as ledger:
+        return Pins(path, loot, HeadFile(elsewhere / "head"), ledger.summary().public_key)
+
+
+Attack = Callable[[Path, Path], None]
+OTHERS: list[Attack] = [replaced_whole, copy_from_before_the_head, forged_format_1, another_of_the_same_key]
+
+
+@pytest.mark.parametrize("attack", OTHERS)
+def test_a_ledger_that_is_asked_for_its_own_key_and_head_is_believed(attack: Attack, pins: Pins) -> None:
+    # This is the naive way, and what a ledger that is not pinned can do; SECURITY.md says so.
+    attack(pins.path, pins.loot)
+    with PrivacyLedger.open(pins.path) as ledger:
+        ledger.verify()
+    assert spend(pins.path, "efgh") == 4
+
+
+@pytest.mark.parametrize("attack", OTHERS)
+@pytest.mark.parametrize("with_key", [True, False])
+def test_a_pinned_head_finds_out_every_other_ledger(attack: Attack, with_key: bool, pins: Pins) -> None:
+    attack(pins.path, pins.loot)
+    found, kept = pins.path.read_bytes(), pins.head.read()
+    with pytest.raises(LedgerError, match=r"rolled back|got the head of ledger|got format 1|got the public key"):
+        PrivacyLedger.open(pins.path, head=pins.head, public_key=pins.public_key if with_key else None)
+    assert (pins.path.read_bytes(), pins.head.read()) == (found, kept)
+    assert not list(pins.path.parent.glob("*.key*"))
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"), [(replaced_whole, "got the public key"), (forged_format_1, "got format 1, which has no key")]
+)
+def test_a_pinned_public_key_finds_out_whoever_has_not_the_key(attack: Attack, said: str, pins: Pins) -> None:
+    attack(pins.path, pins.loot)
+    found = pins.path.read_bytes()
+    fresh = pins.path.parent / "fresh"
+    for opening in (
+        lambda: PrivacyLedger.open(pins.path, public_key=pins.public_key),
+        lambda: PrivacyLedger.open_with_new_head(pins.path, head=fresh, public_key=pins.public_key),
+    ):
+        with pytest.raises(LedgerError, match=said):
+            opening()
+    assert pins.path.read_bytes() == found
+    assert not fresh.exists()
+    assert not list(pins.path.parent.glob("*.key*"))
+
+
+@pytest.mark.parametrize("attack", [copy_from_before_the_head, another_of_the_same_key])
+def test_a_pinned_public_key_alone_does_not_find_out_what_it_signed(attack: Attack, pins: Pins) -> None:
+    # SECURITY.md says so; whoever needs more pins the head too.
+    attack(pins.path, pins.loot)
+    with PrivacyLedger.open(pins.path, public_key=pins.public_key) as ledger:
+        ledger.reserve(run="e", round=1, plan=QUARTER)
+
+
+def test_a_replaced_ledger_is_found_out_while_it_is_open(pins: Pins) -> None:
+    with PrivacyLedger.open(pins.path, head=pins.head, public_key=pins.public_key.upper()) as ledger:
+        write_entries(pins.path, entries_of(pins.loot / "sister"))
+        with pytest.raises(LedgerError, match="rolled back"):
+            ledger.reserve(run="e", round=1, plan=QUARTER)
+
+
+def test_the_pinned_ledger_goes_on_as_before(pins: Pins) -> None:
+    with PrivacyLedger.open(pins.path, head=pins.head, public_key=pins.public_key) as ledger:
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(run="e", round=1, plan=QUARTER)
+        first = ledger.reserve(run="a", round=1, attempt=1, plan=QUARTER)
+        assert first.repeated
+        kept = pins.head.read()
+        assert kept is not None
+        assert kept.number == ledger.verify(public_key=pins.public_key)
 
 
 def naive_life(folder: Path, release: Callable[[], None]) -> None:

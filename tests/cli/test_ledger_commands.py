@@ -98,3 +98,23 @@ def test_bad_usage(args: tuple[str, ...], code: int, said: str, run: Run, tmp_pa
     assert result.code == code
     assert said in result.err
     assert not list(tmp_path.iterdir())
+
+
+def test_init_and_show_print_what_to_pin(path: Path, run: Run) -> None:
+    head = path.parent / "away" / "a.head"
+    public = json.loads(run("ledger", "show", path, "--json").out)["public_key"]
+    assert f'ledger-public-key="{public}" ledger-head="{head}"' in run("ledger", "show", path).out
+    made = run("ledger", "init", path.with_name("b"), "--epsilon", 1, "--delta", 1e-6, "--head", path.with_name("h"))
+    public = json.loads(run("ledger", "show", path.with_name("b"), "--json").out)["public_key"]
+    assert f'ledger-public-key="{public}" ledger-head="{path.with_name("h")}"' in made.out
+    assert "pin it" in run("ledger", "init", "--help").out
+
+
+def test_another_ledger_gets_no_new_head_when_the_key_is_given(path: Path, run: Run) -> None:
+    public = json.loads(run("ledger", "show", path, "--json").out)["public_key"]
+    other, head = path.with_name("b"), path.with_name("b.head")
+    run("ledger", "init", other, "--epsilon", 900, "--delta", 1e-6)
+    refused = run("ledger", "verify", other, "--head", head, "--public-key", public)
+    assert (refused.code, refused.out) == (1, "")
+    assert f"expected {public}" in refused.err
+    assert not head.exists()

@@ -178,3 +178,39 @@ def test_local_prediction_needs_no_socket(tmp_path: Path, monkeypatch: pytest.Mo
     answers = LocalModel.open(tmp_path / "model.safetensors").answer(heart_rows()["Hungary"][:7])
     assert len(answers) == 7
     assert all(a.label in ("no", "yes") and 0.5 <= a.confidence <= 1.0 for a in answers)
+
+
+def test_a_device_asks_the_head_and_the_key_that_its_configuration_names(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.csv", [dict(row) for row in heart_rows()["Cleveland"][:20]])
+    ledger, head = tmp_path / "ledger", tmp_path / "elsewhere" / "head"
+    with PrivacyLedger.create(ledger, epsilon=9.0, delta=1e-3, head=head) as book:
+        public = book.summary().public_key
+    node: dict[str, str | bool | int] = {"data": str(rows), "schema": str(SCHEMA_PATH), "ledger": str(ledger)}
+    pins: dict[str, str | bool | int] = {"ledger-head": str(head), "ledger-public-key": public}
+    assert error_kind(send(node | pins)) is None
+    for leftover in tmp_path.glob("ledger*"):
+        leftover.unlink()
+    PrivacyLedger.create(ledger, epsilon=900.0, delta=0.1).close()
+    for pinned in (pins, *({key: value} for key, value in pins.items())):
+        assert error_kind(send(node | pinned)) == "LedgerError"
+    with PrivacyLedger.open(ledger) as book:
+        assert book.summary().runs == ()
+    # Asked for its own key and head, the other ledger is believed.
+    assert error_kind(send(node)) is None
+
+
+@pytest.mark.parametrize(
+    ("pins", "said"),
+    [
+        ({"ledger-head": ""}, 'got ledger-head="", expected a value'),
+        ({"ledger-public-key": ""}, 'got ledger-public-key="", expected a value'),
+        ({"ledger-public-key": 7}, "got ledger-public-key of type int"),
+        ({"ledger-public-key": "ab" * 31}, "of 62 characters, expected 64 of hex"),
+        ({"ledger-public-key": "xy" * 32}, "expected 64 of hex"),
+        ({"ledger": "", "ledger-head": "head"}, "without a ledger"),
+        ({"ledger": "", "ledger-public-key": "ab" * 32}, "without a ledger"),
+    ],
+)
+def test_a_pin_that_pins_nothing_is_refused(pins: dict[str, str | int], said: str) -> None:
+    with pytest.raises(BadUsage, match=said):
+        DeviceConfig.from_node({"ledger": "ledger", "public-data": True, **pins})
