@@ -18,6 +18,7 @@ and key, and the head or how it is pinned.
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -317,9 +318,13 @@ class PrivacyLedger:
         if history.number and self._store.hash_at(history.number) != history.hash:
             raise rolled_back(self._name, "it had an entry that is gone")
         fresh = list(self._store.entries(after=history.number))
+        if fresh:
+            # The last signature vouches for the others; until it is checked, none of them may be kept.
+            history = deepcopy(history)
         for entry in fresh:
             history.add(entry, signature=entry is fresh[-1])
         history.check_key(self._pinned_key)
+        self._history = history
         head = self._head()
         if head is not None:
             check_head(self._name, head, history.mark, self._store.hash_at)

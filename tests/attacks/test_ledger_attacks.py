@@ -201,6 +201,22 @@ def test_stripping_signatures_and_calling_it_format_1_is_found_out(path: Path) -
         PrivacyLedger.open(path)
 
 
+def test_an_unsigned_entry_is_not_taken_when_the_one_after_it_was_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    PrivacyLedger.create(path, epsilon=1.0, delta=1e-6, key=tmp_path / "key").close()
+    with PrivacyLedger.open(path) as ledger:
+        entries = list(ledger.entries())
+        body = json.dumps({"head": str(tmp_path / "elsewhere")})
+        unsigned = [
+            Entry(number=0, kind="head", run="", round=0, attempt=number, body=body, hash="", signature="")
+            for number in (0, 1)
+        ]
+        for forged in (rechain([*entries, *unsigned]), rechain([*entries, unsigned[0]])):
+            write_entries(path, forged)
+            with pytest.raises(LedgerError, match="got a signature that is not of the ledger's key"):
+                ledger.reserve(run="a", round=1, plan=QUARTER)
+
+
 def test_a_second_public_key_is_not_taken(path: Path) -> None:
     thief = SigningKey.generate()
     body = json.dumps({"from": 1, "to": 2, "public_key": thief.public})
