@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors",),
     ("arrays", "wire", "files"),
-    ("data", "models", "privacy", "encrypted", "inference"),
+    ("data", "models", "privacy", "secagg", "encrypted", "inference"),
     ("rules",),
     ("settings",),
     ("card",),

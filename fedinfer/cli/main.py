@@ -29,6 +29,14 @@ ledger_app = typer.Typer(
 )
 app.add_typer(ledger_app, name="ledger")
 
+pki_app = typer.Typer(
+    help="Who takes part in secure sums: the devices' public keys, in a file that each device pins by its digest.",
+    epilog="Example:  fedinfer pki show federation.pki",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(pki_app, name="pki")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file made by `fedinfer train`.")]
 Rows = Annotated[str, typer.Argument(metavar="FILE.csv|-", help="Rows with a header line; - reads standard input.")]
@@ -355,6 +363,49 @@ def ledger_report(model: ModelPath, json: Json = False) -> None:
     from fedinfer.cli.cards import report_model
 
     report_model(model, as_json=json)
+
+
+PkiPath = Annotated[Path, typer.Argument(metavar="PATH", help="A PKI file.")]
+
+
+@pki_app.command("init", epilog="Example:  fedinfer pki init federation.pki")
+def pki_init(path: PkiPath, json: Json = False) -> None:
+    """Make a PKI file without members."""
+    from fedinfer.cli.pki import init_pki
+
+    init_pki(path, as_json=json)
+
+
+@pki_app.command("identity", epilog="Example:  fedinfer pki identity clinic.identity")
+def pki_identity(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write the device's own key.")],
+    json: Json = False,
+) -> None:
+    """Make a device's own key, on the device, and print its public half."""
+    from fedinfer.cli.pki import new_identity
+
+    new_identity(path, as_json=json)
+
+
+@pki_app.command("add", epilog="Example:  fedinfer pki add federation.pki clinic 5f2c...")
+def pki_add(
+    path: PkiPath,
+    name: Annotated[str, typer.Argument(help="The device's name.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Its public key, 64 hexadecimal digits.")],
+    json: Json = False,
+) -> None:
+    """Add a device, and print the new digest, which every device pins."""
+    from fedinfer.cli.pki import add_member
+
+    add_member(path, name, key, as_json=json)
+
+
+@pki_app.command("show", epilog="Example:  fedinfer pki show federation.pki")
+def pki_show(path: PkiPath, json: Json = False) -> None:
+    """Print the members and the digest to pin."""
+    from fedinfer.cli.pki import show_pki
+
+    show_pki(path, as_json=json)
 
 
 def check_rounds(rounds: int | None) -> None:

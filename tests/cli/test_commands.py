@@ -248,6 +248,11 @@ def test_ledger_commands(hospitals: Path, run: Run, model: Path) -> None:
         "ledger verify",
         "ledger export",
         "ledger report",
+        "pki",
+        "pki init",
+        "pki identity",
+        "pki add",
+        "pki show",
     ],
 )
 def test_help_shows_an_example(command: str, run: Run) -> None:
