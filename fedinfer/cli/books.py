@@ -47,7 +47,7 @@ def show_ledger(path: Path, *, as_json: bool) -> None:
         f"spent ε {summary.spent_epsilon:.4g} of {summary.budget_epsilon:g}, "
         f"δ {summary.spent_delta:.3g} of {summary.budget_delta:g} ({_rule(summary)})"
     )
-    out.print(f"public key {summary.public_key}, as this file says; to pin: {_pins(summary)}")
+    out.print(f"public key and head, as this file says, to pin: {_pins(summary)}")
     out.print(f"head: {summary.head or 'none kept, so an older copy in its place is not found out'}")
     rows = [
         (
