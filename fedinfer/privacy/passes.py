@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType, NoneType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedinfer.errors import BadUsage, ShapeMismatch
 from fedinfer.privacy.layers import Recorder, Run
 from fedinfer.privacy.products import combined
-from fedinfer.privacy.structure import Held, Structure
+from fedinfer.privacy.structure import Structure
 from fedinfer.privacy.uses import Use
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +29,26 @@ GOLDEN = 0.6180339887498949
 KEPT_STATES = 32
 # The states of each model, of its loss and of its inputs, in which its examples were found to be apart.
 _APART: WeakKeyDictionary[nn.Module, deque[tuple[object, ...]]] = WeakKeyDictionary()
+
+
+class _Held:
+    """Equal to another that holds the same object, and to none once the object is gone.
+
+    An object is kept alive only if Python has no weak references to its kind. Numbers in place of objects, as `id`
+    gives them, are used again.
+    """
+
+    def __init__(self, value: object) -> None:
+        try:
+            self._value: Callable[[], object] = ref(value)
+        except TypeError:
+            self._value = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        value = self._value()
+        return isinstance(other, _Held) and value is not None and other._value() is value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def uses_by_name(
@@ -109,18 +129,18 @@ def _recorded(
 def _parts(loss_fn: LossFn) -> tuple[object, ...]:
     """What tells a loss from another. Losses made anew at each call, as lambdas are, have the same code."""
     if isinstance(loss_fn, MethodType):
-        return Held(loss_fn.__self__), *_parts(loss_fn.__func__)
+        return _Held(loss_fn.__self__), *_parts(loss_fn.__func__)
     if not isinstance(loss_fn, FunctionType):
-        return (Held(loss_fn),)
+        return (_Held(loss_fn),)
     cells: Sequence[Any] = loss_fn.__closure__ or ()
     try:
         cells = [cell.cell_contents for cell in cells]
     except ValueError:
         # One is still empty.
-        cells = [Held(cell) for cell in cells]
+        cells = [_Held(cell) for cell in cells]
     given = [*cells, *(loss_fn.__defaults__ or ()), *(loss_fn.__kwdefaults__ or {}).values()]
     plain = (int, float, str, bool, NoneType)
-    return Held(loss_fn.__code__), *((type(each), each) if type(each) in plain else Held(each) for each in given)
+    return _Held(loss_fn.__code__), *((type(each), each) if type(each) in plain else _Held(each) for each in given)
 
 
 def _gpus(structure: Structure) -> list[int]:

@@ -3,7 +3,6 @@
 Layers for which an example has no gradient of its own, or that keep what they saw of examples, are refused.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import ref
 
@@ -14,26 +13,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedinfer.errors import BadUsage
 from fedinfer.privacy.layers import is_known
-
-
-class Held:
-    """Equal to another that holds the same object, and to none once the object is gone.
-
-    An object is kept alive only if Python has no weak references to its kind. Numbers in place of objects, as `id`
-    gives them, are used again.
-    """
-
-    def __init__(self, value: object) -> None:
-        try:
-            self._value: Callable[[], object] = ref(value)
-        except TypeError:
-            self._value = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        value = self._value()
-        return isinstance(other, Held) and value is not None and other._value() is value
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +43,7 @@ def examined(model: nn.Module) -> Structure:
     for prefix, module in model.named_modules():
         if isinstance(module, _SUSPECTS) and (reason := _reason(module)):
             raise BadUsage(f"layer {prefix!r}: got {type(module).__name__}, which {reason}")
-        state += [Held(module), module.training]
+        state += [ref(module), module.training]
         for name in module._buffers:
             buffers[f"{prefix}.{name}" if prefix else name] = module, name
         trains = False
@@ -79,9 +58,10 @@ def examined(model: nn.Module) -> Structure:
         if trains:
             layers.append(module)
             known = known and is_known(module)
+    for device in {parameter.device for parameter in trained.values()}:
+        if torch.is_autocast_enabled(device.type):
+            raise BadUsage(f"autocast: got it enabled for {device.type}, expected none; leave it out")
     for name, parameter in trained.items():
-        if torch.is_autocast_enabled(parameter.device.type):
-            raise BadUsage(f"parameter {name!r}: got autocast on {parameter.device.type}, expected none; leave it out")
         if parameter.dtype is not torch.float32 and parameter.dtype is not torch.float64:
             raise BadUsage(f"parameter {name!r}: got {parameter.dtype}, expected torch.float32 or torch.float64")
         if parameter._backward_hooks:
