@@ -12,7 +12,10 @@ from torch.nn import functional
 from fedinfer.arrays import Vector, flatten, unflatten
 from fedinfer.data import Table
 from fedinfer.errors import BadUsage
+from fedinfer.local_task import LocalTask as LocalTask
 from fedinfer.models import ModelSpec
+from fedinfer.optimisers import Adam as Adam
+from fedinfer.optimisers import Sgd as Sgd
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient
 from fedinfer.privacy.clipping import clip_update
 from fedinfer.privacy.row_by_row import row_by_row

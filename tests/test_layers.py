@@ -13,6 +13,8 @@ LAYERS = (
     ("rules",),
     ("settings",),
     ("card",),
+    ("optimisers", "local_app"),
+    ("local_task",),
     ("training",),
     ("evaluating",),
     ("flower",),
@@ -25,7 +27,15 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SIDEWAYS = {("encrypted", "models"), ("inference", "models")}
 OWNERS = {
-    "flwr": {"auditing/flower_peer.py", "flower", "simulation", "server", "clients/app.py", "cli/train.py"},
+    "flwr": {
+        "auditing/flower_peer.py",
+        "flower",
+        "local_app.py",
+        "simulation",
+        "server",
+        "clients/app.py",
+        "cli/train.py",
+    },
     "tenseal": {"encrypted/seal.py"},
     "opacus": {"auditing/opacus_peer.py"},
     "dp_accounting": {"privacy/accounting.py"},

@@ -1,7 +1,8 @@
-"""A Flower `Grid` inside this process: the same ServerApp and ClientApp, no network and no other process.
+"""A Flower `Grid` on this machine: the same ServerApp and ClientApp, and no network between them.
 
-Each node has its own `Context` with its own configuration and state, as on a SuperNode. A ClientApp that raises gives
-an error reply, in the words of Flower's own engines.
+Each node has its own `Context` with its own configuration and state, as on a SuperNode. A node comes into being when a
+message goes to it for the first time, so that a million of them cost nothing. A ClientApp that raises gives an error
+reply, in the words of Flower's own engines.
 """
 
 import time
@@ -9,20 +10,22 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedinfer.simulation.engines import CohortSum, Engine, OneByOne, Task, sealed
 
 Config = Mapping[str, bool | float | int | str]
 Progress = Callable[[str, int], None]
 Between = Callable[[], None]
 
 
-class InProcessGrid(Grid):
-    """Nodes of one `ClientApp`, run one after another when a message is pushed to them.
+class SimulatedGrid(Grid):
+    """`nodes` nodes, run by an `engine` when messages are pushed to them; node i is configured by `configure(i)`.
 
     `progress(group_id, node_id)` is called after each answer; in a training run the group id is the round. `between`
     is called before messages are delivered, and may raise to stop a run where no message is half done.
@@ -30,28 +33,24 @@ class InProcessGrid(Grid):
 
     def __init__(
         self,
-        client_app: ClientApp,
-        nodes: Sequence[Config],
+        engine: Engine,
+        *,
+        nodes: int,
+        configure: Callable[[int], Config],
         run_config: Config,
         progress: Progress | None = None,
         between: Between | None = None,
     ) -> None:
-        self._client_app = client_app
+        self._engine = engine
+        self._configure = configure
+        self._run_config = dict(run_config)
         self._progress = progress
         self._between = between
         self._run = Run.create_empty(run_id=uuid.uuid4().int >> 65)
         self._replies: dict[str, Message] = {}
+        self._contexts: dict[int, Context] = {}
         # Node ids are not 0..n-1 on a real SuperLink either; 1 is the SuperLink itself.
-        self._contexts = {
-            SUPERLINK_NODE_ID + 1 + index: Context(
-                run_id=self._run.run_id,
-                node_id=SUPERLINK_NODE_ID + 1 + index,
-                node_config=dict(config),
-                state=RecordDict(),
-                run_config=dict(run_config),
-            )
-            for index, config in enumerate(nodes)
-        }
+        self._nodes = range(SUPERLINK_NODE_ID + 1, SUPERLINK_NODE_ID + 1 + nodes)
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -66,16 +65,17 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
+        return self._nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver each message and keep the answer; return the message ids.
+        """Deliver all messages and keep the answers; return the message ids.
 
         Raises: ValueError if a message has no content or goes to a node that is not there.
         """
-        if self._between is not None:
-            self._between()
-        return [self._deliver(message) for message in messages]
+        tasks = self._tasks(messages)
+        for reply in self._answers(tasks):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [task.message().metadata.message_id for task in tasks]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The answers to `message_ids` that were not pulled before."""
@@ -83,37 +83,78 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Deliver messages and return the answers that came within `timeout` seconds."""
-        if self._between is not None:
-            self._between()
         started = time.monotonic()
         replies: list[Message] = []
-        for message in messages:
-            if timeout is not None and time.monotonic() - started > timeout:
+        answers = self._answers(self._tasks(messages))
+        while timeout is None or time.monotonic() - started <= timeout:
+            reply = next(answers, None)
+            if reply is None:
                 break
-            replies.extend(self.pull_messages([self._deliver(message)]))
+            replies.append(reply)
         return replies
 
-    def _deliver(self, message: Message) -> str:
-        node_id = message.metadata.dst_node_id
+    def sum_of_updates(self, content: RecordDict, node_ids: Iterable[int], *, message_type: str = "train") -> CohortSum:
+        """Send `content` to all `node_ids` and return the sum of their updates alone: no reply is ever kept.
+
+        This is not part of Flower's API: it is what a secure sum would hand to a server.
+        Raises: ValueError if a node is not there.
+        """
+        if self._between is not None:
+            self._between()
+        return self._engine.total([Task(content, message_type, self._context(node_id)) for node_id in node_ids])
+
+    def _tasks(self, messages: Iterable[Message]) -> list[Task]:
+        if self._between is not None:
+            self._between()
+        tasks = []
+        for message in messages:
+            if not message.has_content():
+                raise ValueError("message: got one without content, expected an instruction")
+            context = self._context(message.metadata.dst_node_id)
+            tasks.append(Task(message.content, message.metadata.message_type, context, sealed(message)))
+        return tasks
+
+    def _context(self, node_id: int) -> Context:
         if node_id not in self._contexts:
-            raise ValueError(f"message: got destination node {node_id}, expected one of {list(self._contexts)}")
-        if not message.has_content():
-            raise ValueError("message: got one without content, expected an instruction")
-        message_id = uuid.uuid4().hex
-        # Flower's own in-memory grid sets the identifier the same way: a Message has no public setter for it.
-        message.metadata.__dict__["_message_id"] = message_id
-        try:
-            reply = self._client_app(message, self._contexts[node_id])
-        except Exception as error:
-            # On a real SuperNode an exception ends that node's task and not the server's run.
-            reason = f"{type(error)}:<'{error}'>"
-            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-            reply = Message(Error(code=code, reason=reason), reply_to=message)
-        reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        self._replies[message_id] = reply
-        if self._progress is not None:
-            self._progress(message.metadata.group_id, node_id)
-        return message_id
+            if node_id not in self._nodes:
+                raise ValueError(
+                    f"message: got destination node {node_id}, expected {self._nodes.start} to {self._nodes.stop - 1}"
+                )
+            self._contexts[node_id] = Context(
+                run_id=self._run.run_id,
+                node_id=node_id,
+                node_config=dict(self._configure(node_id - self._nodes.start)),
+                state=RecordDict(),
+                run_config=dict(self._run_config),
+            )
+        return self._contexts[node_id]
+
+    def _answers(self, tasks: Sequence[Task]) -> Iterator[Message]:
+        for reply in self._engine.replies(tasks):
+            yield reply
+            if self._progress is not None:
+                self._progress(reply.metadata.group_id, reply.metadata.src_node_id)
+
+
+class InProcessGrid(SimulatedGrid):
+    """A node of `client_app` for each configuration in `nodes`, run one after another in this process."""
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        nodes: Sequence[Config],
+        run_config: Config,
+        progress: Progress | None = None,
+        between: Between | None = None,
+    ) -> None:
+        super().__init__(
+            OneByOne(client_app),
+            nodes=len(nodes),
+            configure=nodes.__getitem__,
+            run_config=run_config,
+            progress=progress,
+            between=between,
+        )
 
 
 def run_in_process(
@@ -129,7 +170,11 @@ def run_in_process(
 
     Returns the ServerApp's Context after its main function: what main stored is in `context.state`.
     """
-    grid = InProcessGrid(client_app, nodes, run_config, progress, between)
+    return run_on(server_app, InProcessGrid(client_app, nodes, run_config, progress, between), run_config)
+
+
+def run_on(server_app: ServerApp, grid: SimulatedGrid, run_config: Config) -> Context:
+    """Run `server_app` on `grid`, and return its Context after its main function."""
     context = Context(
         run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )

@@ -1,0 +1,224 @@
+"""The declarative local task: what a device does with its rows in a round, said as data.
+
+Because it is data, the same task runs on one device (`train`, here) and for a whole cohort as one program
+(`fedinfer/simulation/cohort.py`), with the same answer.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedinfer.errors import BadUsage, ShapeMismatch, UnprotectedRefused
+from fedinfer.optimisers import Optimiser
+from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient
+
+if TYPE_CHECKING:
+    from fedinfer.local_app import Load, LocalApp
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+Indices = NDArray[np.int64]
+# Rounding to single precision may carry a clipped norm past its bound by 2**-24 of it.
+CLIP_MARGIN = 1.0 - 2.0**-22
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalUpdate:
+    """What leaves a device: the new state by the names of `state_dict`, and what goes with it.
+
+    Without a plan `loss` is the mean over the steps of the batch's mean loss before the step, and `examples` is the
+    number of rows. With a plan `loss` is None, because no plan accounts for it, and `examples` is the constant 1.
+    """
+
+    state: Mapping[str, Tensor] = field(repr=False)
+    loss: float | None = field(repr=False)
+    examples: int = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalTask:
+    """Some steps, or epochs, of an optimiser on a device's own rows, from weights that came from the server.
+
+    `loss(output, y)` gives per-example losses (B,); a batch counts by their mean. Batches are those of a shuffled
+    pass over the rows, cut into pieces of `batch_size` of which the last may be smaller; after a pass comes another.
+    A batch larger than the data is all of it. A device without rows sends back what it got, with a count of 0.
+
+    With a plan of unit "example" each step is one release of the plan: `plan.sample` chooses the rows (`batch_size`
+    is not used), each row's gradient is clipped, the sum gets noise and is divided by `plan.divisor`, and only then
+    does the optimiser see it. It computes in double precision, because in single precision a row can change how the
+    others are rounded. An epoch is 1 / rate steps, a number that everybody may know.
+
+    With a plan of unit "client" a device trains as without one, clips its whole update to `plan.clip_norm` and says
+    nothing else; whoever sums the updates must release the sum by the plan. The server is trusted.
+
+    Guarantees: with a plan of unit "example" the update is a function of `steps_per_round` releases of the plan and
+    of nothing else that is private; with unit "client" it differs from the weights sent by at most `plan.clip_norm`
+    in L2 norm, over all parameters together.
+    """
+
+    model: nn.Module
+    loss: LossFn
+    optimiser: Optimiser
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    plan: PrivacyPlan | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise BadUsage(f"local task: got steps={self.steps} and epochs={self.epochs}, expected one of them")
+        for name in ("steps", "epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise BadUsage(f"{name}: got {value}, expected a whole number of at least 1")
+        if self.batch_size is None and self.example_plan is None:
+            raise BadUsage("batch_size: got none, expected one unless a plan of unit 'example' samples the rows")
+        if self.example_plan is not None and self.example_plan.min_honest > 1:
+            raise BadUsage(
+                f"plan: got one for {self.example_plan.min_honest} honest devices, expected 1; local steps have no "
+                "secure sum between them"
+            )
+
+    @property
+    def example_plan(self) -> PrivacyPlan | None:
+        """The plan, if each step is a release of it."""
+        return self.plan if self.plan is not None and self.plan.unit == "example" else None
+
+    @property
+    def releases(self) -> int:
+        """How many releases of an example plan a round makes: a public number; 0 without such a plan."""
+        if self.example_plan is None:
+            return 0
+        return self.steps or (self.epochs or 0) * math.ceil(1.0 / self.example_plan.sampling_rate)
+
+    def client_app(self, load: "Load") -> "LocalApp":
+        """A Flower ClientApp of this task over the rows (x, y) of `load(partition_id, num_partitions)`.
+
+        It runs as it is on a SuperNode, in Flower's simulation and in `fedinfer.simulation`.
+        """
+        from fedinfer.local_app import LocalApp
+
+        return LocalApp(self, load)
+
+    def batches(self, rows: int, stream: Callable[[], NoiseStream]) -> list[Indices]:
+        """The rows of each step of a task without an example plan; `stream` is called once, if anything is drawn."""
+        if rows == 0:
+            return []
+        size = min(self.batch_size or rows, rows)
+        count = self.steps or (self.epochs or 0) * math.ceil(rows / size)
+        if size == rows:
+            return [np.arange(rows)] * count
+        found: list[Indices] = []
+        numbers = stream()
+        while len(found) < count:
+            order = np.argsort(numbers.uniform(rows), kind="stable")
+            found += [order[start : start + size] for start in range(0, rows, size)]
+        return found[:count]
+
+    def train(
+        self, state: Mapping[str, Tensor], x: Tensor, y: Tensor, stream: NoiseStream, *, done: int = 0
+    ) -> LocalUpdate:
+        """One round on one device, from `state`; `done` counts the releases that the plan has already made.
+
+        Raises: ShapeMismatch if x and y differ in length; torch's own errors for a state that is not the model's.
+        """
+        check_rows(x, y)
+        net = copy.deepcopy(self.model).train()
+        net.load_state_dict(dict(state))
+        loss = None
+        if self.example_plan is not None:
+            self._private_steps(net, x, y, stream, done)
+        else:
+            loss = self._plain_steps(net, x, y, stream)
+        if self.plan is None:
+            return LocalUpdate(state=net.state_dict(), loss=loss, examples=len(x))
+        moved = net.state_dict()
+        if self.plan.unit == "client":
+            names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+            before, after = [state[name][None] for name in names], [moved[name][None] for name in names]
+            clip_updates(before, after, clip_norm=self.plan.clip_norm)
+        # What is not a trained weight, running statistics above all, has had neither a clip nor noise: it stays here.
+        trained = {name for name, p in net.named_parameters(remove_duplicate=False) if p.requires_grad}
+        kept = {name: moved[name].to(old.dtype) if name in trained else old for name, old in state.items()}
+        return LocalUpdate(state=kept, loss=None, examples=1)
+
+    def evaluate(self, state: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[float, int]:
+        """The mean loss over all rows, and their number.
+
+        Raises: UnprotectedRefused with a plan: no plan accounts for a loss.
+        """
+        if self.plan is not None:
+            raise UnprotectedRefused("evaluation: got a task with a plan, which accounts for no loss; expected none")
+        check_rows(x, y)
+        net = copy.deepcopy(self.model).eval()
+        net.load_state_dict(dict(state))
+        with torch.no_grad():
+            return (float(self.loss(net(x), y).mean()) if len(x) else 0.0), len(x)
+
+    def _plain_steps(self, net: nn.Module, x: Tensor, y: Tensor, stream: NoiseStream) -> float:
+        weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        optimiser_state = self.optimiser.start([weight.detach() for weight in weights])
+        batches = self.batches(len(x), lambda: stream)
+        total = 0.0
+        for number, batch in enumerate(batches, start=1):
+            rows = torch.from_numpy(batch)
+            mean = self.loss(net(x[rows]), y[rows]).mean()
+            gradients = torch.autograd.grad(mean, weights)
+            total += float(mean.detach())
+            self.optimiser.step([weight.detach() for weight in weights], gradients, optimiser_state, number)
+        return total / max(1, len(batches))
+
+    def _private_steps(self, net: nn.Module, x: Tensor, y: Tensor, stream: NoiseStream, done: int) -> None:
+        plan = self.example_plan
+        assert plan is not None
+        net.double()
+        x, y = in_double(x), in_double(y)
+        weights = [parameter.detach() for parameter in net.parameters() if parameter.requires_grad]
+        optimiser_state = self.optimiser.start(weights)
+        for number in range(1, self.releases + 1):
+            rows = torch.from_numpy(plan.sample(len(x), stream, step=done + number))
+            sums = clipped_gradient(net, self.loss, x[rows], y[rows], clip_norm=plan.clip_norm)
+            total = torch.cat([gradient.reshape(-1) for gradient in sums.values()])
+            released = torch.from_numpy(plan.release(total.numpy(), stream)).double()
+            self.optimiser.step(weights, cut(released, weights), optimiser_state, number)
+
+
+def check_rows(x: Tensor, y: Tensor) -> None:
+    """Raises: ShapeMismatch if x and y differ in length."""
+    if x.dim() < 1 or y.dim() < 1 or len(x) != len(y):
+        raise ShapeMismatch(got=tuple(y.shape), expected=f"({len(x)}, ...)", what="y")
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """Floating-point numbers in double precision; class numbers as they are."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cut the last axis of `flat` (..., d) into tensors (..., *shape) of the shapes of `like`."""
+    parts = torch.split(flat, [tensor.numel() for tensor in like], dim=-1)
+    return [part.reshape(*flat.shape[:-1], *tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def clip_updates(before: Sequence[Tensor], after: Sequence[Tensor], *, clip_norm: float) -> None:
+    """Draw each client's weights in `after` (C, *shape) back until they are within `clip_norm` of `before`, in place.
+
+    `before` is (C, *shape) or (1, *shape). An update that is not finite becomes zero.
+
+    Guarantees: the L2 norm of after - before, over all tensors of a client, is at most `clip_norm`, up to the
+    rounding of the weights themselves.
+    Reference: McMahan et al. 2018, arXiv:1710.06963.
+    """
+    moves = [(new.double() - old.double()).flatten(1) for old, new in zip(before, after, strict=True)]
+    norms = torch.stack([move.square().sum(1) for move in moves]).sum(0).sqrt()
+    finite = torch.isfinite(norms)
+    factors = torch.where(norms > clip_norm, CLIP_MARGIN * clip_norm / norms, torch.ones_like(norms))
+    for old, new, move in zip(before, after, moves, strict=True):
+        kept = torch.where(finite[:, None], move * factors[:, None], 0.0)
+        new.copy_(old.double() + kept.reshape(new.shape))

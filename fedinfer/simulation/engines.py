@@ -1,0 +1,163 @@
+"""What runs the clients of a simulation: one after another, in processes, or (in `vectorised.py`) as one program."""
+
+import itertools
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from numpy.typing import NDArray
+
+from fedinfer.errors import BadUsage
+
+_PREFIX = uuid.uuid4().hex
+_numbers = itertools.count()
+
+
+class Task(NamedTuple):
+    """An instruction to one node. Where nobody looks at the reply, no message need be made."""
+
+    content: RecordDict
+    message_type: str
+    context: Context
+    sent: Message | None = None
+
+    def message(self) -> Message:
+        """The message, as it was sent or as it would have been."""
+        return self.sent or sealed(Message(self.content, self.context.node_id, self.message_type))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortSum:
+    """What a server needs of a cohort when it only needs the sum.
+
+    `update` is the sum over replies of `num-examples` times (new weights - weights sent), by name; `weight` is the
+    sum of `num-examples`, and `loss` their mean loss weighted so, or None where none was said.
+    """
+
+    update: Mapping[str, NDArray[np.float64]] = field(repr=False)
+    weight: float
+    loss: float | None
+    replies: int
+    errors: Sequence[Message]
+
+
+class Engine(Protocol):
+    """Runs tasks; an error of a client is an error reply, in the words of Flower's own engines."""
+
+    def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
+        """The replies, in any order, as they come."""
+
+    def total(self, tasks: Sequence[Task]) -> CohortSum:
+        """The sum of the replies, none of which is kept."""
+
+    def close(self) -> None:
+        """Give back what was started."""
+
+
+class OneByOne:
+    """Runs a ClientApp in this process, one client after another."""
+
+    def __init__(self, client_app: ClientApp) -> None:
+        self._client_app = client_app
+
+    def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
+        for task in tasks:
+            yield answer(self._client_app, task)
+
+    def total(self, tasks: Sequence[Task]) -> CohortSum:
+        return total_of(tasks, self.replies(tasks))
+
+    def close(self) -> None: ...
+
+
+def answer(client_app: ClientApp, task: Task) -> Message:
+    """The reply of one client, or the error reply that a node sends for it."""
+    message = task.message()
+    try:
+        reply = client_app(message, task.context)
+    except Exception as error:
+        # On a real SuperNode an exception ends that node's task and not the server's run.
+        reply = error_reply(message, error)
+    return sealed(reply)
+
+
+def error_reply(message: Message, error: Exception) -> Message:
+    """The error reply to `message` of a client that raised `error`."""
+    reason = f"{type(error)}:<'{error}'>"
+    return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+
+
+def sealed(message: Message) -> Message:
+    """The message with an identifier; Flower's own in-memory grid sets it the same way, for want of a setter."""
+    message.metadata.__dict__["_message_id"] = f"{_PREFIX}{next(_numbers):x}"
+    return message
+
+
+class Summing:
+    """A `CohortSum` in the making."""
+
+    def __init__(self) -> None:
+        self.update: dict[str, NDArray[np.float64]] = {}
+        self.weight = 0.0
+        self.replies = 0
+        self.errors: list[Message] = []
+        self._loss = 0.0
+        self._losses = 0
+
+    def add(self, update: Mapping[str, NDArray[Any]], *, weight: float, replies: int) -> None:
+        """Add the weighted sum `update` of some replies."""
+        for name, part in update.items():
+            if name not in self.update:
+                self.update[name] = np.zeros(part.shape)
+            self.update[name] += part
+        self.weight += weight
+        self.replies += replies
+
+    def add_losses(self, weighted: float, count: int) -> None:
+        """Add the weighted sum of the losses of `count` replies."""
+        self._loss += weighted
+        self._losses += count
+
+    def result(self) -> CohortSum:
+        """The sum so far."""
+        mean = self._loss / self.weight if self.weight and self._losses == self.replies else None
+        return CohortSum(
+            update=self.update, weight=self.weight, loss=mean, replies=self.replies, errors=tuple(self.errors)
+        )
+
+
+def total_of(tasks: Sequence[Task], replies: Iterable[Message]) -> CohortSum:
+    """The sum of ordinary replies, each forgotten once it is added.
+
+    Raises: BadUsage if a reply or what was sent has no arrays, or no `num-examples`.
+    """
+    sent = {task.context.node_id: task.content for task in tasks}
+    cached: dict[int, dict[str, NDArray[Any]]] = {}
+    summing = Summing()
+    for reply in replies:
+        if reply.has_error():
+            summing.errors.append(reply)
+            continue
+        asked = sent[reply.metadata.src_node_id]
+        before = cached.setdefault(id(asked), _arrays(asked))
+        metrics = next(iter(reply.content.metric_records.values()), None)
+        weight = None if metrics is None else metrics.get("num-examples")
+        if metrics is None or not isinstance(weight, int | float):
+            raise BadUsage("sum of updates: got a reply without num-examples, expected one number")
+        after = _arrays(reply.content)
+        summing.add({name: weight * (after[name] - before[name]) for name in before}, weight=weight, replies=1)
+        if isinstance(loss := metrics.get("loss"), int | float):
+            summing.add_losses(weight * loss, 1)
+    return summing.result()
+
+
+def _arrays(content: RecordDict) -> dict[str, NDArray[Any]]:
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise BadUsage(f"sum of updates: got {len(records)} records of arrays in a message, expected one")
+    return {name: array.numpy().astype(np.float64) for name, array in records[0].items()}

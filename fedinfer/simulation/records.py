@@ -1,0 +1,69 @@
+"""Flower's records for many replies at little cost: bytes are made when somebody asks for them, and not before."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedinfer.local_app import reply_content
+
+
+class LazyArray(Array):
+    """A Flower `Array` of numbers that are already in memory; `data` is their serialisation, made on demand."""
+
+    def __init__(self, values: NDArray[Any], dtype: str) -> None:
+        self.__dict__.update(dtype=dtype, shape=values.shape, stype="numpy.ndarray", values=values)
+
+    @property
+    def data(self) -> bytes:
+        if "serialised" not in self.__dict__:
+            buffer = BytesIO()
+            np.save(buffer, self.__dict__["values"], allow_pickle=False)
+            self.__dict__["serialised"] = buffer.getvalue()
+        return bytes(self.__dict__["serialised"])
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.__dict__["serialised"] = value
+        self.__dict__["values"] = Array(self.dtype, self.shape, self.stype, value).numpy()
+
+    def numpy(self) -> NDArray[Any]:
+        return np.array(self.__dict__["values"])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+class Replies:
+    """Makes the replies of clients that were sent the same state: what training does not move is shared by all."""
+
+    def __init__(self, sent: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+        self._fixed = {
+            name: LazyArray(tensor.numpy(), str(tensor.numpy().dtype))
+            for name, tensor in sent.items()
+            if name not in aliases
+        }
+        self._names = list(sent)
+        self._aliases = aliases
+        self._dtypes = {name: str(sent[name].numpy().dtype) for name in aliases}
+
+    def reply(
+        self, message: Message, weights: Mapping[str, NDArray[Any]], row: int, loss: float | None, examples: int
+    ) -> Message:
+        """The answer to `message` with row `row` of the stacked `weights`."""
+        record = ArrayRecord()
+        for name in self._names:
+            if name in self._aliases:
+                record[name] = LazyArray(weights[self._aliases[name]][row], self._dtypes[name])
+            else:
+                record[name] = self._fixed[name]
+        return Message(reply_content(record, loss, examples), reply_to=message)
+
+
+def stacked_arrays(names: Sequence[str], weights: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
+    """Weights (C, *shape) by name."""
+    return {name: weight.numpy() for name, weight in zip(names, weights, strict=True)}

@@ -1,0 +1,129 @@
+"""One call for a whole simulation, whatever runs the clients.
+
+A simulation of a `LocalTask` is exact: given a seed, each backend draws the same rows and the same noise for a client.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedinfer.errors import BadUsage
+from fedinfer.local_app import SEED_KEY, LocalApp
+from fedinfer.simulation.engines import Engine, OneByOne
+from fedinfer.simulation.flower_engine import run_by_flower
+from fedinfer.simulation.grid import Config, SimulatedGrid, run_on
+from fedinfer.simulation.meter import Meter, Metered
+from fedinfer.simulation.processes import Processes
+from fedinfer.simulation.vectorised import Vectorised
+
+Backend = Literal["vectorised", "process", "ray", "flower"]
+MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationResult:
+    """What is left of a simulation.
+
+    `context` is the ServerApp's, with what its main function stored in `context.state`. `updates` counts the clients'
+    answers to "train" messages that are not errors. `startup_s` ends with the first message that is sent; for Flower's
+    own simulation, which starts its workers in the meantime, with the first reply. `seconds` is the rest. `void` says
+    that randomness came from a seed: an ε that was claimed means nothing.
+    """
+
+    context: Context = field(repr=False)
+    updates: int
+    startup_s: float
+    seconds: float
+    void: bool
+
+    @property
+    def updates_per_s(self) -> float:
+        return self.updates / self.seconds if self.seconds > 0.0 else 0.0
+
+
+def simulate(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    *,
+    num_clients: int,
+    backend: Backend = "vectorised",
+    seed: int | None = None,
+    run_config: Config | None = None,
+    workers: int | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> SimulationResult:
+    """Run `server_app` against `num_clients` nodes of `client_app`; node i has partition-id i.
+
+    "vectorised" runs the ClientApp of a `LocalTask` as one program for whole cohorts, and any other one after another
+    in this process; "process" uses a pool of `workers` processes; "flower" is Flower's own simulation, for
+    comparison. With a `seed` the clients' randomness and Python's, NumPy's and torch's own generators are repeatable.
+
+    Guarantees: for a LocalTask and a seed every backend gives each client the same rows and noise, and the same
+    answer up to rounding.
+    Raises: BadUsage for an argument that cannot be; what the ServerApp raises.
+    """
+    if type(num_clients) is not int or num_clients < 1:
+        raise BadUsage(f"clients: got {num_clients}, expected a whole number of at least 1")
+    seeded: Mapping[str, int] = {SEED_KEY: seed} if seed is not None and isinstance(client_app, LocalApp) else {}
+    meter = Meter()
+    with repeatable(seed):
+        if backend == "flower":
+            context = run_by_flower(
+                server_app, client_app, nodes=num_clients, node_config=seeded, run_config=run_config or {}, meter=meter
+            )
+        else:
+            engine = _engine(client_app, backend, workers, memory_bytes)
+            try:
+                grid = SimulatedGrid(
+                    Metered(engine, meter),
+                    nodes=num_clients,
+                    configure=lambda index: {"partition-id": index, "num-partitions": num_clients, **seeded},
+                    run_config=run_config or {},
+                )
+                context = run_on(server_app, grid, run_config or {})
+            finally:
+                engine.close()
+    return SimulationResult(
+        context=context,
+        updates=meter.updates,
+        startup_s=meter.startup_s,
+        seconds=time.monotonic() - meter.started,
+        void=seed is not None,
+    )
+
+
+def _engine(client_app: ClientApp, backend: str, workers: int | None, memory_bytes: int) -> Engine:
+    if backend == "vectorised":
+        if isinstance(client_app, LocalApp):
+            return Vectorised(client_app, memory_bytes=memory_bytes, workers=workers)
+        return OneByOne(client_app)
+    if backend == "process":
+        return Processes(client_app, workers=workers)
+    raise BadUsage(f"backend: got {backend!r}, expected 'vectorised', 'process' or 'flower'")
+
+
+@contextmanager
+def repeatable(seed: int | None) -> Iterator[None]:
+    """With a seed the global generators of Python, NumPy and torch begin there; afterwards they are as they were."""
+    if seed is None:
+        yield
+        return
+    python, numpy, own = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.random.set_rng_state(own)

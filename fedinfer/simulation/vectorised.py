@@ -1,0 +1,295 @@
+"""Runs the clients of a `LocalTask` in whole cohorts; what cannot run so runs one after another."""
+
+import copy
+import logging
+import os
+import queue
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from fedinfer.errors import BadUsage
+from fedinfer.local_app import LocalApp, Visit, hidden_errors, weights_in
+from fedinfer.local_task import LocalTask, LocalUpdate, check_rows
+from fedinfer.simulation.cohort import Trained, train_chunk, trained_names
+from fedinfer.simulation.engines import CohortSum, Summing, Task, answer, error_reply, sealed
+from fedinfer.simulation.records import Replies, stacked_arrays
+from fedinfer.simulation.stacked import Stack, State, choose
+
+log = logging.getLogger("fedinfer.simulation")
+# A chunk's weights, gradients and activations: small enough to stay near the processor.
+CHUNK_BYTES = 8 << 20
+MOST_CLIENTS = 1024
+TRAINING = ("train", "train.default")
+
+
+class Ready(NamedTuple):
+    """A client that can train: its task, its turn, its rows and what it was sent."""
+
+    task: Task
+    turn: Visit
+    state: State
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A chunk after training: stacked weights, or updates one by one where the chunk could not be stacked."""
+
+    clients: Sequence[Ready] = field(repr=False)
+    trained: Trained | None = field(repr=False)
+    singles: Sequence[LocalUpdate | Exception] = field(repr=False)
+
+
+class Vectorised:
+    """Runs a `LocalApp` a chunk of clients at a time, on `workers` threads.
+
+    Rows that `load` gave are kept while `memory_bytes` lasts, and no more than that is held of a cohort at once
+    besides. Whether a stack gives what the device's code gives is tried on the first cohort's rows; if none does,
+    one line in the log says why and clients run one after another.
+    """
+
+    def __init__(self, app: LocalApp, *, memory_bytes: int, workers: int | None = None) -> None:
+        if not isinstance(app.task, LocalTask):
+            raise BadUsage(f"vectorised: got a {type(app.task).__name__}, expected a LocalTask")
+        self._app = app
+        self._task = app.task
+        self._workers = workers or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self._workers)
+        self._memory_bytes = memory_bytes
+        self._kept: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+        self._kept_bytes = 0
+        self._make: Callable[[], Stack] | None = None
+        self._refused = False
+        self._stacks: queue.SimpleQueue[Stack] = queue.SimpleQueue()
+        self._names = trained_names(self._task)
+        self._aliases = _aliases(self._task)
+        self._update_bytes = sum(_size(parameter) for parameter in self._task.model.parameters())
+
+    def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
+        for task in tasks:
+            if task.message_type not in TRAINING:
+                yield answer(self._app, task)
+        makers: dict[int, Replies] = {}
+        for done in self._done([task for task in tasks if task.message_type in TRAINING]):
+            if isinstance(done, Message):
+                yield sealed(done)
+                continue
+            for client, outcome in zip(done.clients, done.singles, strict=False):
+                yield sealed(self._single(client, outcome))
+            if done.trained is None:
+                continue
+            weights = stacked_arrays(self._names, done.trained.weights)
+            for row, index in enumerate(done.trained.order):
+                client = done.clients[index]
+                maker = makers.get(id(client.state))
+                if maker is None:
+                    maker = makers[id(client.state)] = Replies(client.state, self._aliases)
+                loss = None if done.trained.losses is None else done.trained.losses[row]
+                yield sealed(maker.reply(client.task.message(), weights, row, loss, self._examples(client)))
+
+    def total(self, tasks: Sequence[Task]) -> CohortSum:
+        if any(task.message_type not in TRAINING for task in tasks):
+            raise BadUsage("sum of updates: got messages of another type, expected 'train'")
+        summing = Summing()
+        for done in self._done(tasks):
+            if isinstance(done, Message):
+                summing.errors.append(sealed(done))
+            elif done.trained is not None:
+                self._add(summing, done.clients, done.trained)
+            else:
+                for client, outcome in zip(done.clients, done.singles, strict=True):
+                    if isinstance(outcome, Exception):
+                        summing.errors.append(sealed(error_reply(client.task.message(), outcome)))
+                        continue
+                    weight = outcome.examples
+                    moved = {
+                        name: weight * (tensor.double() - client.state[name].double()).numpy()
+                        for name, tensor in outcome.state.items()
+                    }
+                    summing.add(moved, weight=weight, replies=1)
+                    if outcome.loss is not None:
+                        summing.add_losses(weight * outcome.loss, 1)
+        return summing.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _add(self, summing: Summing, clients: Sequence[Ready], trained: Trained) -> None:
+        ordered = [clients[index] for index in trained.order]
+        weight = torch.tensor([float(self._examples(client)) for client in ordered])
+        one = all(client.state is ordered[0].state for client in ordered)
+        sums: dict[str, Tensor] = {}
+        for name, after in zip(self._names, trained.weights, strict=True):
+            start = ordered[0].state[name][None] if one else torch.stack([client.state[name] for client in ordered])
+            sums[name] = torch.tensordot(weight.to(after.dtype), after - start, dims=1)
+        moved = {
+            name: sums[self._aliases[name]].numpy() if name in self._aliases else torch.zeros_like(tensor).numpy()
+            for name, tensor in ordered[0].state.items()
+        }
+        summing.add(moved, weight=float(weight.sum()), replies=len(ordered))
+        if trained.losses is not None:
+            weighted = [one * loss for one, loss in zip(weight.tolist(), trained.losses, strict=True)]
+            summing.add_losses(sum(weighted), len(ordered))
+
+    def _examples(self, client: Ready) -> int:
+        return len(client.x) if self._task.plan is None else 1
+
+    def _single(self, client: Ready, outcome: LocalUpdate | Exception) -> Message:
+        if isinstance(outcome, Exception):
+            return error_reply(client.task.message(), outcome)
+        return self._app.reply(client.task.message(), outcome)
+
+    def _done(self, tasks: Sequence[Task]) -> Iterator[Done | Message]:
+        """Chunks as they are done; an error reply for each client that could not be made ready."""
+        states: dict[int, State] = {}
+        block: list[Ready] = []
+        held = 0
+        for task in tasks:
+            ready = self._ready(task, states)
+            if isinstance(ready, Message):
+                yield ready
+                continue
+            block.append(ready)
+            held += _size(ready.x) + _size(ready.y) + self._update_bytes
+            if held > self._memory_bytes:
+                yield from self._run(block)
+                block, held = [], 0
+        if block:
+            yield from self._run(block)
+
+    def _ready(self, task: Task, states: dict[int, State]) -> Ready | Message:
+        try:
+            state = states.get(id(task.content))
+            if state is None:
+                state = states[id(task.content)] = _checked(weights_in(task.content), self._task)
+            turn = self._app.visit(task.context)
+            return Ready(task, turn, state, *self._rows(turn))
+        except Exception as error:
+            return error_reply(task.message(), error)
+
+    def _rows(self, turn: Visit) -> tuple[Tensor, Tensor]:
+        if turn.partition in self._kept:
+            self._kept.move_to_end(turn.partition)
+            return self._kept[turn.partition]
+        x, y = self._app.rows(turn)
+        check_rows(x, y)
+        self._kept[turn.partition] = x, y
+        self._kept_bytes += _size(x) + _size(y)
+        while self._kept_bytes > self._memory_bytes:
+            _, (old_x, old_y) = self._kept.popitem(last=False)
+            self._kept_bytes -= _size(old_x) + _size(old_y)
+        return x, y
+
+    def _run(self, block: Sequence[Ready]) -> Iterator[Done]:
+        """Train a block, in chunks of clients with about as many rows each."""
+        if self._make is None and not self._refused:
+            self._try(block)
+        by_size = sorted(block, key=lambda client: len(client.x))
+        chunks = list(self._chunks(by_size)) if self._make is not None else [by_size]
+        with one_thread_each():
+            if self._make is None or len(chunks) == 1:
+                yield from map(self._train, chunks)
+            else:
+                yield from self._pool.map(self._train, chunks)
+
+    def _try(self, block: Sequence[Ready]) -> None:
+        with_rows = [client for client in block if len(client.x)]
+        if not with_rows:
+            return
+        try:
+            self._make = choose(self._task, with_rows[0].state, [(client.x, client.y) for client in with_rows[:3]])
+        except BadUsage as error:
+            self._refused = True
+            log.warning("clients run one after another: %s", error)
+
+    def _train(self, clients: Sequence[Ready]) -> Done:
+        if self._make is not None:
+            try:
+                stack = self._stacks.get_nowait()
+            except queue.Empty:
+                stack = self._make()
+            try:
+                return Done(clients=clients, trained=train_chunk(self._task, stack, clients), singles=())
+            except Exception:
+                # One client's rows spoil a whole chunk: alone, each gets its own answer or its own error.
+                log.debug("a chunk of %d clients runs one after another", len(clients), exc_info=True)
+            finally:
+                self._stacks.put(stack)
+        return Done(clients=clients, trained=None, singles=[self._alone(client) for client in clients])
+
+    def _alone(self, client: Ready) -> LocalUpdate | Exception:
+        try:
+            with hidden_errors(private=self._task.plan is not None):
+                return self._task.train(client.state, client.x, client.y, client.turn.stream(), done=client.turn.done)
+        except Exception as error:
+            return error
+
+    def _chunks(self, clients: Sequence[Ready]) -> Iterator[Sequence[Ready]]:
+        fixed = {id(client.state): client.state for client in clients}
+        groups = (
+            [clients]
+            if _alike(list(fixed.values()), self._aliases)
+            else [[client for client in clients if client.state is state] for state in fixed.values()]
+        )
+        for group in groups:
+            start = 0
+            while start < len(group):
+                size = 1
+                while start + size < len(group) and size < MOST_CLIENTS:
+                    # The last of a run has the most rows, because they are sorted.
+                    if (size + 1) * self._client_bytes(group[start + size]) > CHUNK_BYTES:
+                        break
+                    size += 1
+                yield group[start : start + size]
+                start += size
+
+    def _client_bytes(self, client: Ready) -> int:
+        rows = max(1, min(self._task.batch_size or len(client.x), len(client.x)))
+        return 4 * self._update_bytes + 8 * rows * _size(client.x[:1])
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _checked(state: State, task: LocalTask) -> State:
+    """The state in the model's own types, as `load_state_dict` would take it.
+
+    Raises: torch's own RuntimeError if it is not a state of this model.
+    """
+    net = copy.deepcopy(task.model)
+    net.load_state_dict(dict(state))
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+
+def _aliases(task: LocalTask) -> Mapping[str, str]:
+    """By every name in the state of a trained parameter: the first name of that parameter."""
+    first = {id(parameter): name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    every = task.model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if id(parameter) in first}
+
+
+def _alike(states: Sequence[State], aliases: Mapping[str, str]) -> bool:
+    """Whether the states differ in trained parameters only."""
+    fixed = [name for name in states[0] if name not in aliases]
+    return all(torch.equal(state[name], states[0][name]) for state in states[1:] for name in fixed)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Torch's operations use one thread each: chunks run side by side instead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,283 @@
+"""The contract of a local task: a cohort as one program gives each client what the device's own code gives it."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedinfer.errors import BadUsage
+from fedinfer.local_app import SEED_KEY, LocalApp
+from fedinfer.optimisers import Optimiser
+from fedinfer.privacy import Cyclic, Poisson, PrivacyPlan, insecure_seeded_noise
+from fedinfer.simulation.engines import Engine, OneByOne
+from fedinfer.simulation.grid import SimulatedGrid, run_on
+from fedinfer.simulation.stacked import LinearStack, VmapStack, choose
+from fedinfer.simulation.vectorised import Vectorised
+from fedinfer.training import Adam, LocalTask, Sgd
+
+SIZES = (7, 0, 1, 12, 5, 12, 30)
+INPUTS, CLASSES = 6, 3
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+class OwnForward(nn.Module):
+    """Linear layers of which one is frozen and one has no bias, and code of its own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(INPUTS, 5, bias=False)
+        self.frozen = nn.Linear(5, 4)
+        self.last = nn.Linear(4, CLASSES)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor([0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x.flatten(1))) * self.scale
+        return functional.log_softmax(self.last(functional.relu(self.frozen(hidden))), dim=1)
+
+
+class Tied(nn.Module):
+    """One weight that stands in two places, and is used in a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(INPUTS, INPUTS)
+        self.two = nn.Linear(INPUTS, INPUTS)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(self.two(torch.tanh(self.one(x))), self.one.weight)[:, :CLASSES]
+
+
+MODELS = {
+    "logistic": lambda: nn.Linear(INPUTS, CLASSES),
+    "mlp": lambda: nn.Sequential(nn.Linear(INPUTS, 8), nn.ReLU(inplace=True), nn.Linear(8, CLASSES)),
+    "own forward": OwnForward,
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, INPUTS)), nn.Conv1d(1, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    ),
+    "tied": Tied,
+}
+KINDS = [(model, plan) for model in MODELS for plan in ("none", "example", "client")]
+OPTIMISERS = {"sgd": Sgd(lr=0.2), "momentum": Sgd(lr=0.1, momentum=0.7), "adam": Adam(lr=0.02)}
+
+
+def plan_of(kind: str) -> PrivacyPlan | None:
+    if kind == "none":
+        return None
+    unit = "client" if kind == "client" else "example"
+    sampler = Cyclic(period=3) if kind == "cyclic" else Poisson(rate=0.4)
+    return PrivacyPlan(
+        unit=unit, clip_norm=0.1, noise_multiplier=1.1, sampler=sampler, delta=1e-5, steps=100, divisor=4.0
+    )
+
+
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(output, y, reduction="none")
+
+
+def loader(dtype: torch.dtype):
+    def load(partition: int, partitions: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(partition)
+        rows = SIZES[partition]
+        x = torch.randn(rows, INPUTS, generator=generator, dtype=dtype)
+        return x, torch.randint(0, CLASSES, (rows,), generator=generator)
+
+    return load
+
+
+def task_of(model: str, optimiser: Optimiser, plan: str, dtype: torch.dtype, *, epochs: bool = False) -> LocalTask:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = MODELS[model]().to(dtype)
+    times = {"epochs": 2} if epochs else {"steps": 3}
+    return LocalTask(model=net, loss=cross_entropy, optimiser=optimiser, batch_size=5, plan=plan_of(plan), **times)
+
+
+def answers(engine: Engine, task: LocalTask, rounds: int = 2) -> Iterator[Mapping[int, RecordDict]]:
+    """What each node answers in each round; in the second each is sent what it answered in the first."""
+    grid = SimulatedGrid(
+        engine,
+        nodes=len(SIZES),
+        configure=lambda index: {"partition-id": index, "num-partitions": len(SIZES), SEED_KEY: 3},
+        run_config={},
+    )
+    found: list[Mapping[int, RecordDict]] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        start = ArrayRecord(task.model.state_dict())
+        sent = {node: RecordDict({"arrays": start}) for node in grid.get_node_ids()}
+        for _ in range(rounds):
+            replies = list(grid.send_and_receive([Message(own, node, "train") for node, own in sent.items()]))
+            assert not any(reply.has_error() for reply in replies), [r.error for r in replies if r.has_error()]
+            found.append({reply.metadata.src_node_id: reply.content for reply in replies})
+            sent = {node: RecordDict({"arrays": own["arrays"]}) for node, own in found[-1].items()}
+
+    run_on(app, grid, {})
+    engine.close()
+    yield from found
+
+
+def check_same(task: LocalTask, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    app = LocalApp(task, loader(dtype))
+    tolerance = TOLERANCE[dtype]
+    with caplog.at_level(logging.DEBUG, "fedinfer.simulation"):
+        pairs = zip(answers(OneByOne(app), task), answers(Vectorised(app, memory_bytes=1 << 20), task), strict=True)
+        for expected, got in pairs:
+            assert set(expected) == set(got)
+            for node, own in expected.items():
+                for name, array in own["arrays"].items():
+                    want, have = array.numpy(), got[node]["arrays"][name].numpy()
+                    assert have.dtype == want.dtype
+                    assert np.abs(have - want).max() <= tolerance * np.abs(want).max()
+                assert set(own["metrics"]) == set(got[node]["metrics"])
+                assert own["metrics"]["num-examples"] == got[node]["metrics"]["num-examples"]
+                if "loss" in own["metrics"]:
+                    assert got[node]["metrics"]["loss"] == pytest.approx(own["metrics"]["loss"], rel=tolerance)
+    assert caplog.records == [], "it ran as one program"
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize(("model", "plan"), KINDS)
+def test_a_cohort_gives_what_each_device_gives(
+    model: str, optimiser: str, plan: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_same(task_of(model, OPTIMISERS[optimiser], plan, torch.float64), torch.float64, caplog)
+
+
+@pytest.mark.parametrize("plan", ["none", "example", "client"])
+@pytest.mark.parametrize("model", ["mlp", "own forward", "convolution"])
+def test_the_same_in_single_precision(model: str, plan: str, caplog: pytest.LogCaptureFixture) -> None:
+    optimiser = OPTIMISERS["momentum" if model == "mlp" else "adam"]
+    check_same(task_of(model, optimiser, plan, torch.float32), torch.float32, caplog)
+
+
+@pytest.mark.parametrize("plan", ["none", "cyclic"])
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_epochs_of_clients_with_unlike_numbers_of_batches(
+    optimiser: str, plan: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_of("mlp", OPTIMISERS[optimiser], plan, torch.float64, epochs=True)
+    check_same(task, torch.float64, caplog)
+
+
+def test_which_stack_is_chosen() -> None:
+    rows = [loader(torch.float64)(partition, 0) for partition in range(4)]
+    for model, stack in (("mlp", LinearStack), ("own forward", LinearStack), ("convolution", VmapStack)):
+        for plan in ("none", "example"):
+            task = task_of(model, Sgd(lr=0.1), plan, torch.float64)
+            assert type(choose(task, task.model.state_dict(), rows)()) is stack
+
+
+def test_a_seed_decides_rows_and_noise_and_without_one_they_differ() -> None:
+    for plan in ("none", "example"):
+        task = task_of("mlp", Sgd(lr=0.1), plan, torch.float64)
+        x, y = loader(torch.float64)(6, 0)
+        runs = [
+            task.train(task.model.state_dict(), x, y, insecure_seeded_noise(seed)).state["2.bias"]
+            for seed in ("a", "a", "b")
+        ]
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_device_steps_as_torch_does(optimiser: str) -> None:
+    task = task_of("mlp", OPTIMISERS[optimiser], "none", torch.float64, epochs=True)
+    x, y = loader(torch.float64)(6, 0)
+    got = task.train(task.model.state_dict(), x, y, insecure_seeded_noise("s"))
+    net = MODELS["mlp"]().double()
+    net.load_state_dict(task.model.state_dict())
+    ours = OPTIMISERS[optimiser]
+    peer: torch.optim.Optimizer = (
+        torch.optim.Adam(net.parameters(), lr=ours.lr)
+        if isinstance(ours, Adam)
+        else torch.optim.SGD(net.parameters(), lr=ours.lr, momentum=ours.momentum)
+    )
+    losses = []
+    for batch in task.batches(len(x), lambda: insecure_seeded_noise("s")):
+        peer.zero_grad()
+        loss = cross_entropy(net(x[batch]), y[batch]).mean()
+        loss.backward()
+        peer.step()
+        losses.append(loss.item())
+    for name, tensor in net.state_dict().items():
+        assert torch.allclose(got.state[name], tensor, rtol=1e-10, atol=1e-12)
+    assert got.loss == pytest.approx(np.mean(losses))
+    assert got.examples == len(x)
+
+
+def test_batches_are_shuffled_passes_cut_into_pieces() -> None:
+    task = task_of("mlp", Sgd(lr=0.1), "none", torch.float64, epochs=True)
+    batches = task.batches(12, lambda: insecure_seeded_noise("s"))
+    assert [len(batch) for batch in batches] == [5, 5, 2] * 2
+    for one in (batches[:3], batches[3:]):
+        assert sorted(np.concatenate(one).tolist()) == list(range(12))
+    assert np.concatenate(batches[:3]).tolist() != np.concatenate(batches[3:]).tolist()
+    whole = task.batches(4, lambda: pytest.fail("nothing is to be drawn"))
+    assert [batch.tolist() for batch in whole] == [[0, 1, 2, 3]] * 2
+    assert task.batches(0, lambda: pytest.fail("nothing is to be drawn")) == []
+
+
+def test_a_client_plan_bounds_the_whole_update() -> None:
+    task = task_of("own forward", Sgd(lr=5.0), "client", torch.float64)
+    x, y = loader(torch.float64)(6, 0)
+    before = task.model.state_dict()
+    update = task.train(before, x, y, insecure_seeded_noise("s"))
+    norm = math.sqrt(sum(float((update.state[name] - before[name]).square().sum()) for name in before))
+    assert 0.0999 < norm <= 0.1
+    assert (update.loss, update.examples) == (None, 1)
+    broken = task.train(before, x * math.nan, y, insecure_seeded_noise("s"))
+    assert all(torch.equal(broken.state[name], before[name]) for name in before)
+
+
+def test_one_row_moves_an_example_plan_by_its_clip_alone() -> None:
+    """With one step, the noise taken away, the update differs by at most lr * clip / divisor if a row comes in."""
+    plan = PrivacyPlan(clip_norm=0.1, noise_multiplier=1.0, sampler=Poisson(rate=1.0), delta=1e-5, steps=9, divisor=4.0)
+    net = MODELS["mlp"]().double()
+    task = LocalTask(model=net, loss=cross_entropy, optimiser=Sgd(lr=1.0), steps=1, plan=plan)
+    x, y = loader(torch.float64)(6, 0)
+    x[-1] *= 1e3
+    both = [
+        task.train(net.state_dict(), x[:count], y[:count], insecure_seeded_noise(f"s{count}")).state
+        for count in (len(x), len(x))
+    ]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    released = []
+    for count in (len(x), len(x) - 1):
+        stream = insecure_seeded_noise("s")
+        # Both draw as many numbers for their rows, so that both add the same noise.
+        stream.uniform(len(x) - count)
+        released.append(task.train(net.state_dict(), x[:count], y[:count], stream).state)
+    moved = math.sqrt(sum(float((released[0][name] - released[1][name]).square().sum()) for name in released[0]))
+    assert 0.1 / 4.0 * 0.99 < moved <= 0.1 / 4.0 * (1.0 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"steps": 1, "epochs": 1, "batch_size": 2}, "one of them"),
+        ({"batch_size": 2}, "one of them"),
+        ({"steps": 0, "batch_size": 2}, "at least 1"),
+        ({"steps": 1}, "batch_size"),
+        ({"steps": 1, "plan": plan_of("client")}, "batch_size"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(fields: dict[str, object], word: str) -> None:
+    with pytest.raises(BadUsage, match=word):
+        LocalTask(model=nn.Linear(1, 1), loss=cross_entropy, optimiser=Sgd(lr=0.1), **fields)
+
+
+@pytest.mark.parametrize("make", [lambda: Sgd(lr=0.0), lambda: Sgd(lr=1.0, momentum=1.0), lambda: Adam(lr=math.nan)])
+def test_an_optimiser_that_cannot_be_is_refused(make: object) -> None:
+    with pytest.raises(BadUsage, match="expected"):
+        make()
