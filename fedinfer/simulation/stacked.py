@@ -87,7 +87,7 @@ class LinearStack:
         for name, module in list(net.named_modules()):
             if getattr(module, "inplace", False) is True:
                 # The outputs of layers are looked at again after the model has run.
-                module.inplace = False  # type: ignore[assignment]
+                module.inplace = False
             if type(module) is nn.Linear:
                 prefix = f"{name}." if name else ""
                 names -= {f"{prefix}weight", f"{prefix}bias"}

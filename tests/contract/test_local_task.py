@@ -243,15 +243,12 @@ def test_a_client_plan_bounds_the_whole_update() -> None:
 def test_one_row_moves_an_example_plan_by_its_clip_alone() -> None:
     """With one step, the noise taken away, the update differs by at most lr * clip / divisor if a row comes in."""
     plan = PrivacyPlan(clip_norm=0.1, noise_multiplier=1.0, sampler=Poisson(rate=1.0), delta=1e-5, steps=9, divisor=4.0)
-    net = MODELS["mlp"]().double()
+    net = task_of("mlp", Sgd(lr=1.0), "none", torch.float64).model
     task = LocalTask(model=net, loss=cross_entropy, optimiser=Sgd(lr=1.0), steps=1, plan=plan)
     x, y = loader(torch.float64)(6, 0)
+    # The last row is far out and wrong: its gradient is as large as the clip lets it be.
     x[-1] *= 1e3
-    both = [
-        task.train(net.state_dict(), x[:count], y[:count], insecure_seeded_noise(f"s{count}")).state
-        for count in (len(x), len(x))
-    ]
-    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    y[-1] = int(net(x[-1:]).argmin())
     released = []
     for count in (len(x), len(x) - 1):
         stream = insecure_seeded_noise("s")
