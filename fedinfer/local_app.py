@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedinfer.errors import BadInput, BudgetExceeded, FedinferError
+from fedinfer.errors import BadInput, BudgetExceeded, FedinferError, UnprotectedRefused
 from fedinfer.privacy import NoiseStream, PrivacyPlan, insecure_seeded_noise, os_noise
 
 Load = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -77,6 +77,10 @@ class LocalApp(ClientApp):
 
         @self.evaluate()
         def evaluate(message: Message, context: Context) -> Message:
+            if task.plan is not None:
+                raise UnprotectedRefused(
+                    "evaluation: got a task with a plan, which accounts for no loss; expected none"
+                )
             partition, partitions = place_of(context)
             x, y = self.load(partition, partitions)
             loss, examples = task.evaluate(weights_in(message.content), x, y)

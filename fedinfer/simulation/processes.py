@@ -52,7 +52,9 @@ class Processes:
             self._pool = self._start()
 
     def total(self, tasks: Sequence[Task]) -> CohortSum:
-        return total_of(tasks, self.replies(tasks))
+        # A message says who sent it, which only this process knows.
+        sent = [task._replace(sent=task.message()) for task in tasks]
+        return total_of(sent, self.replies(sent))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, kill_workers=True)
