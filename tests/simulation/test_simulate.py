@@ -2,12 +2,13 @@
 
 import logging
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -19,6 +20,7 @@ import tests.simulation.third_party as third_party
 from fedinfer.errors import BadUsage
 from fedinfer.privacy import Poisson, PrivacyPlan
 from fedinfer.simulation import SimulatedGrid, simulate
+from fedinfer.simulation.records import LazyArray
 from fedinfer.training import LocalTask, Sgd
 
 CLIENTS = 9
@@ -290,3 +292,57 @@ def test_a_million_nodes_cost_nothing_until_they_are_asked() -> None:
 def test_a_simulation_that_cannot_be_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(BadUsage, match="expected"):
         simulate(ServerApp(), ClientApp(), **fields)
+
+
+def test_rows_that_do_not_fit_spoil_nobody_elses_answer() -> None:
+    def crooked(partition: int, partitions: int) -> tuple[Tensor, Tensor]:
+        x, y = load(partition, partitions)
+        return (x[:, :4], y) if partition == 2 else (x, y)
+
+    task, app = task_of(), ServerApp()
+    replies: list[Message] = []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        content = RecordDict({"arrays": ArrayRecord(task.model.state_dict())})
+        replies.extend(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))
+
+    simulate(app, task.client_app(crooked), num_clients=CLIENTS, seed=0)
+    assert {reply.metadata.src_node_id - 2 for reply in replies if reply.has_error()} == {2, 4}
+    (expected,) = asked(task)
+    for reply in replies:
+        (other,) = [own for own in expected if own.metadata.src_node_id == reply.metadata.src_node_id]
+        if reply.has_content():
+            for name, array in reply.content["arrays"].items():
+                assert np.allclose(array.numpy(), other.content["arrays"][name].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_little_memory_means_more_pieces_and_the_same_answer() -> None:
+    task = task_of()
+    sums = []
+    for memory_bytes in (1, 1 << 30):
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: SimulatedGrid, context: Context) -> None:
+            content = RecordDict({"arrays": ArrayRecord(task.model.state_dict())})
+            sums.append(grid.sum_of_updates(content, grid.get_node_ids()))
+
+        simulate(app, task.client_app(load), num_clients=CLIENTS, seed=0, memory_bytes=memory_bytes)
+    assert sums[0].replies == sums[1].replies == CLIENTS - 1
+    assert all(np.allclose(sums[0].update[name], sums[1].update[name], atol=1e-5) for name in sums[0].update)
+
+
+def test_lazy_arrays_are_flower_arrays() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    lazy, plain = LazyArray(values, "float32"), Array(values)
+    assert (lazy.dtype, lazy.shape, lazy.stype, lazy.data) == (plain.dtype, plain.shape, plain.stype, plain.data)
+    copied = lazy.numpy()
+    copied[:] = 0.0
+    assert np.array_equal(lazy.numpy(), values), "what a strategy does with the numbers does not reach the cohort"
+    record = ArrayRecord()
+    record["w"] = lazy
+    assert record.object_id == ArrayRecord({"w": plain}).object_id
+    assert type(pickle.loads(pickle.dumps(lazy))) is Array
+    lazy.data = Array(values + 1.0).data
+    assert np.array_equal(lazy.numpy(), values + 1.0)
