@@ -145,7 +145,8 @@ def summing_server(nodes: int, rounds: int, seconds: list[float]) -> ServerApp:
     app = ServerApp()
 
     @app.main()
-    def main(grid: SimulatedGrid, context: Context) -> None:
+    def main(grid: Grid, context: Context) -> None:
+        assert isinstance(grid, SimulatedGrid), "a grid that sums"
         arrays = ArrayRecord(network().state_dict())
         for number in range(rounds + 1):
             started = time.perf_counter()

@@ -15,6 +15,9 @@ from fedinfer.local_app import reply_content
 class LazyArray(Array):
     """A Flower `Array` of numbers that are already in memory; `data` is their serialisation, made on demand."""
 
+    # Flower writes the name of a record's class in front of its bytes.
+    __qualname__ = Array.__qualname__
+
     def __init__(self, values: NDArray[Any], dtype: str) -> None:
         self.__dict__.update(dtype=dtype, shape=values.shape, stype="numpy.ndarray", values=values)
 
