@@ -3,13 +3,15 @@
 import itertools
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from fedinfer.errors import BadUsage
@@ -98,6 +100,17 @@ def sealed(message: Message) -> Message:
     return message
 
 
+@contextmanager
+def identity(run_id: int) -> Iterator[None]:
+    """Say who this process is: Flower's `Message` reads it from here when a ServerApp makes one."""
+    before = (TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, 0
+    try:
+        yield
+    finally:
+        TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before
+
+
 class Summing:
     """A `CohortSum` in the making."""
 
@@ -122,6 +135,13 @@ class Summing:
         """Add the weighted sum of the losses of `count` replies."""
         self._loss += weighted
         self._losses += count
+
+    def join(self, other: CohortSum) -> None:
+        """Add a sum of other replies."""
+        self.add(other.update, weight=other.weight, replies=other.replies)
+        self.errors += other.errors
+        if other.loss is not None:
+            self.add_losses(other.weight * other.loss, other.replies)
 
     def result(self) -> CohortSum:
         """The sum so far."""

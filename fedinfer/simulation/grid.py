@@ -8,16 +8,14 @@ reply, in the words of Flower's own engines.
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-from fedinfer.simulation.engines import CohortSum, Engine, OneByOne, Task, sealed
+from fedinfer.simulation.engines import CohortSum, Engine, OneByOne, Task, identity, sealed
 
 Config = Mapping[str, bool | float | int | str]
 Progress = Callable[[str, int], None]
@@ -178,17 +176,6 @@ def run_on(server_app: ServerApp, grid: SimulatedGrid, run_config: Config) -> Co
     context = Context(
         run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
-    with _task_of(grid.run):
+    with identity(grid.run.run_id):
         server_app(grid, context)
     return context
-
-
-@contextmanager
-def _task_of(run: Run) -> Iterator[None]:
-    """Say who this process is: Flower's `Message` reads it from here when a ServerApp makes one."""
-    before = (TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id)
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.run_id, SUPERLINK_NODE_ID, 0
-    try:
-        yield
-    finally:
-        TaskIdentity._run_id, TaskIdentity._node_id, TaskIdentity._task_id = before

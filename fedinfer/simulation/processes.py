@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from joblib.externals.loky import ProcessPoolExecutor  # type: ignore[import-untyped]
 
-from fedinfer.simulation.engines import CohortSum, Task, answer, sealed, total_of
+from fedinfer.simulation.engines import CohortSum, Task, answer, identity, sealed, total_of
 
 # So many pieces of work a process and wave: a slow client holds up a piece and not half of the cohort.
 PIECES = 4
@@ -21,7 +21,7 @@ class Processes:
     """A pool of `workers` processes, each with its own copy of the ClientApp.
 
     The processes are started afresh, not forked, so that no lock or noise stream of this one lives on in them. If one
-    dies, the clients that it had in hand give error replies, and the pool starts again.
+    dies, the clients of this wave that had no answer yet give error replies, and the pool starts again for the next.
     """
 
     def __init__(self, client_app: ClientApp, *, workers: int | None = None) -> None:
@@ -52,9 +52,7 @@ class Processes:
             self._pool = self._start()
 
     def total(self, tasks: Sequence[Task]) -> CohortSum:
-        # A message says who sent it, which only this process knows.
-        sent = [task._replace(sent=task.message()) for task in tasks]
-        return total_of(sent, self.replies(sent))
+        return total_of(tasks, self.replies(tasks))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, kill_workers=True)
@@ -75,4 +73,5 @@ class _Worker:
 
 
 def _answers(tasks: Sequence[Task]) -> list[tuple[Message, RecordDict]]:
-    return [(answer(_Worker.client_app, task), task.context.state) for task in tasks]
+    with identity(tasks[0].context.run_id):
+        return [(answer(_Worker.client_app, task), task.context.state) for task in tasks]
