@@ -70,7 +70,7 @@ class LocalApp(ClientApp):
         def train(message: Message, context: Context) -> Message:
             state = weights_in(message.content)
             turn = self.visit(context)
-            x, y = self.rows(turn)
+            x, y = self.rows(turn.partition, turn.partitions)
             with hidden_errors(private=task.plan is not None):
                 update = task.train(state, x, y, turn.stream(), done=turn.done)
             return self.reply(message, update)
@@ -81,8 +81,7 @@ class LocalApp(ClientApp):
                 raise UnprotectedRefused(
                     "evaluation: got a task with a plan, which accounts for no loss; expected none"
                 )
-            partition, partitions = place_of(context)
-            x, y = self.load(partition, partitions)
+            x, y = self.rows(*place_of(context))
             loss, examples = task.evaluate(weights_in(message.content), x, y)
             return Message(reply_content(None, loss, examples), reply_to=message)
 
@@ -113,10 +112,10 @@ class LocalApp(ClientApp):
         own = None if seed is None else f"local task {seed}/{partition}/{visits}"
         return Visit(partition=partition, partitions=partitions, done=done, seed=own)
 
-    def rows(self, turn: Visit) -> tuple[Tensor, Tensor]:
-        """The node's rows."""
+    def rows(self, partition: int, partitions: int) -> tuple[Tensor, Tensor]:
+        """The rows of a node."""
         with hidden_errors(private=self.task.plan is not None):
-            return self.load(turn.partition, turn.partitions)
+            return self.load(partition, partitions)
 
 
 class hidden_errors:  # noqa: N801 (a context manager)

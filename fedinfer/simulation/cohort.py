@@ -105,7 +105,7 @@ def _private(task: LocalTask, stack: Stack, members: Sequence[Member]) -> Traine
     assert plan is not None
     x, y, starts = _joined(members)
     begin = _start(task, members)
-    weights = [weight.double() for weight in begin]
+    weights = [weight.clone().double() for weight in begin]
     state = task.optimiser.start(weights)
     streams = [member.turn.stream() for member in members]
     for number in range(1, task.releases + 1):

@@ -4,7 +4,6 @@ import copy
 import logging
 import os
 import queue
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,11 +15,13 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedinfer.errors import BadUsage
-from fedinfer.local_app import LocalApp, Visit, hidden_errors, weights_in
-from fedinfer.local_task import LocalTask, LocalUpdate, check_rows
+from fedinfer.local_app import ARRAYS, LocalApp, Visit, hidden_errors, weights_in
+from fedinfer.local_task import LocalTask, LocalUpdate
 from fedinfer.simulation.cohort import Trained, train_chunk, trained_names
 from fedinfer.simulation.engines import CohortSum, Summing, Task, answer, error_reply, sealed
+from fedinfer.simulation.evaluated import evaluations
 from fedinfer.simulation.records import Replies, stacked_arrays
+from fedinfer.simulation.rows import KeptRows, size_bytes
 from fedinfer.simulation.stacked import Stack, State, choose
 
 log = logging.getLogger("fedinfer.simulation")
@@ -28,6 +29,7 @@ log = logging.getLogger("fedinfer.simulation")
 CHUNK_BYTES = 8 << 20
 MOST_CLIENTS = 1024
 TRAINING = ("train", "train.default")
+EVALUATION = ("evaluate", "evaluate.default")
 
 
 class Ready(NamedTuple):
@@ -65,19 +67,20 @@ class Vectorised:
         self._workers = workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers)
         self._memory_bytes = memory_bytes
-        self._kept: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept = KeptRows(app, memory_bytes=memory_bytes)
         self._make: Callable[[], Stack] | None = None
         self._refused = False
         self._stacks: queue.SimpleQueue[Stack] = queue.SimpleQueue()
         self._names = trained_names(self._task)
         self._aliases = _aliases(self._task)
-        self._update_bytes = sum(_size(parameter) for parameter in self._task.model.parameters())
+        self._update_bytes = sum(size_bytes(parameter) for parameter in self._task.model.parameters())
 
     def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
         for task in tasks:
-            if task.message_type not in TRAINING:
+            if task.message_type not in TRAINING + EVALUATION:
                 yield answer(self._app, task)
+        asked = [task for task in tasks if task.message_type in EVALUATION]
+        yield from evaluations(self._app, self._task, self._kept, asked)
         makers: dict[int, Replies] = {}
         for done in self._done([task for task in tasks if task.message_type in TRAINING]):
             if isinstance(done, Message):
@@ -159,7 +162,7 @@ class Vectorised:
                 yield ready
                 continue
             block.append(ready)
-            held += _size(ready.x) + _size(ready.y) + self._update_bytes
+            held += size_bytes(ready.x) + size_bytes(ready.y) + self._update_bytes
             if held > self._memory_bytes:
                 yield from self._run(block)
                 block, held = [], 0
@@ -170,24 +173,15 @@ class Vectorised:
         try:
             state = states.get(id(task.content))
             if state is None:
-                state = states[id(task.content)] = _checked(weights_in(task.content), self._task)
+                # Contents may differ in what else they hold, and share the weights.
+                record = id(task.content.get(ARRAYS))
+                if record not in states:
+                    states[record] = _checked(weights_in(task.content), self._task)
+                state = states[id(task.content)] = states[record]
             turn = self._app.visit(task.context)
-            return Ready(task, turn, state, *self._rows(turn))
+            return Ready(task, turn, state, *self._kept.of(turn.partition, turn.partitions))
         except Exception as error:
             return error_reply(task.message(), error)
-
-    def _rows(self, turn: Visit) -> tuple[Tensor, Tensor]:
-        if turn.partition in self._kept:
-            self._kept.move_to_end(turn.partition)
-            return self._kept[turn.partition]
-        x, y = self._app.rows(turn)
-        check_rows(x, y)
-        self._kept[turn.partition] = x, y
-        self._kept_bytes += _size(x) + _size(y)
-        while self._kept_bytes > self._memory_bytes:
-            _, (old_x, old_y) = self._kept.popitem(last=False)
-            self._kept_bytes -= _size(old_x) + _size(old_y)
-        return x, y
 
     def _run(self, block: Sequence[Ready]) -> Iterator[Done]:
         """Train a block, in chunks of clients with about as many rows each."""
@@ -254,11 +248,7 @@ class Vectorised:
 
     def _client_bytes(self, client: Ready) -> int:
         rows = max(1, min(self._task.batch_size or len(client.x), len(client.x)))
-        return 4 * self._update_bytes + 8 * rows * _size(client.x[:1])
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        return 4 * self._update_bytes + 8 * rows * size_bytes(client.x[:1])
 
 
 def _checked(state: State, task: LocalTask) -> State:

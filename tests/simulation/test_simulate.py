@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,9 +167,11 @@ def test_a_plan_makes_no_more_releases_than_it_has() -> None:
     assert all("BudgetExceeded" in reply.error.reason for reply in beyond)
 
 
-def test_evaluation_is_answered_without_a_plan_and_refused_with_one() -> None:
-    task = task_of()
+@pytest.mark.parametrize("mixing", [False, True])
+def test_evaluation_is_answered_without_a_plan_and_refused_with_one(mixing: bool) -> None:
+    task = replace(task_of(), model=Mixing()) if mixing else task_of()
     (replies,) = asked(task, message_type="evaluate")
+    assert sum(reply.has_content() for reply in replies) == CLIENTS - 1
     for reply in replies:
         if reply.has_content():
             x, y = load(reply.metadata.src_node_id - 2, CLIENTS)

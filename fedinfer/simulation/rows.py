@@ -1,0 +1,41 @@
+"""The rows of clients, kept while there is room."""
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+from fedinfer.local_app import LocalApp
+from fedinfer.local_task import check_rows
+from fedinfer.simulation.stacked import Rows
+
+
+class KeptRows:
+    """What `load` gave, of the clients seen last, at most `memory_bytes` of it."""
+
+    def __init__(self, app: LocalApp, *, memory_bytes: int) -> None:
+        self._app = app
+        self._memory_bytes = memory_bytes
+        self._kept: OrderedDict[int, Rows] = OrderedDict()
+        self._kept_bytes = 0
+
+    def of(self, partition: int, partitions: int) -> Rows:
+        """The rows of a client.
+
+        Raises: what `load` raises; ShapeMismatch if x and y differ in length.
+        """
+        if partition in self._kept:
+            self._kept.move_to_end(partition)
+            return self._kept[partition]
+        x, y = self._app.rows(partition, partitions)
+        check_rows(x, y)
+        self._kept[partition] = x, y
+        self._kept_bytes += size_bytes(x) + size_bytes(y)
+        while self._kept_bytes > self._memory_bytes:
+            _, (old_x, old_y) = self._kept.popitem(last=False)
+            self._kept_bytes -= size_bytes(old_x) + size_bytes(old_y)
+        return x, y
+
+
+def size_bytes(tensor: Tensor) -> int:
+    """How much room the numbers of a tensor take."""
+    return tensor.numel() * tensor.element_size()
