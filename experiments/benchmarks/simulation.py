@@ -5,7 +5,10 @@ and as a `LocalTask` says it. Steady state: the first round of each is left out,
 ten seconds. "stock FedAvg" is Flower's own strategy on its own records; "sum" is `grid.sum_of_updates`, which hands the
 server the cohort's sum instead of its replies, and is not a stock strategy. Floor: the arithmetic is 0.65 MFLOP an
 update (forward, and backward without the gradient at the rows), which the last column compares with the machine's
-largest rate for matrix products.
+largest rate for matrix products. On a machine that does other things too, the processor time of an update is steadier
+than its rate; of Flower's workers it is not known here.
+
+The last lines are of a population of 1,000,000 clients, of whom a cohort takes part in a round.
 
     python -m experiments.benchmarks.simulation [--quick] [--json FILE]
 """
@@ -14,10 +17,13 @@ import argparse
 import json
 import logging
 import os
+import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +43,8 @@ from fedinfer.simulation import SimulatedGrid, simulate
 from fedinfer.training import LocalTask, Sgd
 
 INPUTS, HIDDEN, CLASSES, ROWS, STEPS, RATE = 64, 64, 10, 16, 2, 0.1
-CLIENTS, FLOWER_CLIENTS = 1000, 100
+CLIENTS, FLOWER_CLIENTS, POPULATION = 1000, 100, 1_000_000
+LOOP, FLOWER, FLOWER_DP = "plain loop, one thread", "Flower, Ray", "Flower, Ray, Opacus, DP"
 FLOP = STEPS * ROWS * (4 * (INPUTS * HIDDEN + HIDDEN * CLASSES) + 2 * HIDDEN * CLASSES)
 CLIP, NOISE, SHARE = 1.0, 1.0, 0.5
 
@@ -94,6 +101,7 @@ def ordinary_app(train: Callable[[nn.Module, Tensor, Tensor], float]) -> ClientA
     @app.train()
     def fit(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
         net = network()
         net.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         loss = train(net, *load(int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])))
@@ -121,7 +129,27 @@ def example_plan() -> PrivacyPlan:
     )
 
 
-def fedavg_server(nodes: int, rounds: int, seconds: list[float]) -> ServerApp:
+@dataclass
+class Clock:
+    """Wall and processor seconds of each round but the first."""
+
+    clients: int
+    walls: list[float] = field(default_factory=list)
+    processors: list[float] = field(default_factory=list)
+    rounds: int = 0
+
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """Measure one round."""
+        wall, processor = time.perf_counter(), time.process_time()
+        yield
+        self.rounds += 1
+        if self.rounds > 1:
+            self.walls.append(time.perf_counter() - wall)
+            self.processors.append(time.process_time() - processor)
+
+
+def fedavg_server(nodes: int, rounds: int, clock: Clock) -> ServerApp:
     """Flower's stock strategy, all nodes in each round; the seconds of each round but the first."""
     app = ServerApp()
 
@@ -129,88 +157,102 @@ def fedavg_server(nodes: int, rounds: int, seconds: list[float]) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         arrays = ArrayRecord(network().state_dict())
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes)
-        for number in range(rounds + 1):
-            started = time.perf_counter()
-            result = strategy.start(grid, arrays, num_rounds=1)
+        for _ in range(rounds + 1):
+            with clock.round():
+                result = strategy.start(grid, arrays, num_rounds=1)
             assert result.train_metrics_clientapp, "clients answered"
             arrays = result.arrays
-            if number:
-                seconds.append(time.perf_counter() - started)
 
     return app
 
 
-def summing_server(nodes: int, rounds: int, seconds: list[float]) -> ServerApp:
+def summing_server(nodes: int, rounds: int, clock: Clock) -> ServerApp:
     """The same mean from the cohort's sum."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         assert isinstance(grid, SimulatedGrid), "a grid that sums"
+        everybody = range(min(grid.get_node_ids()), max(grid.get_node_ids()) + 1)
         arrays = ArrayRecord(network().state_dict())
         for number in range(rounds + 1):
-            started = time.perf_counter()
-            total = grid.sum_of_updates(RecordDict({"arrays": arrays}), grid.get_node_ids())
+            # A cohort of its own each round, as large as was asked for, out of all nodes.
+            start = number * nodes % len(everybody)
+            with clock.round():
+                total = grid.sum_of_updates(RecordDict({"arrays": arrays}), everybody[start : start + nodes])
+                means = {name: update / total.weight for name, update in total.update.items()}
+                moved = {name: (array.numpy() + means[name]).astype("float32") for name, array in arrays.items()}
+                arrays = ArrayRecord({name: Array(values) for name, values in moved.items()})
             assert total.replies == nodes, "clients answered"
-            means = {name: update / total.weight for name, update in total.update.items()}
-            moved = {name: (array.numpy() + means[name]).astype("float32") for name, array in arrays.items()}
-            arrays = ArrayRecord({name: Array(values) for name, values in moved.items()})
-            if number:
-                seconds.append(time.perf_counter() - started)
 
     return app
 
 
-def ours(make: Callable[[int, int, list[float]], ServerApp], plan: PrivacyPlan | None, rounds: int) -> list[float]:
-    """Updates a second of each round on the vectorised grid."""
-    seconds: list[float] = []
-    simulate(make(CLIENTS, rounds, seconds), task(plan).client_app(load), num_clients=CLIENTS)
-    return [CLIENTS / each for each in seconds]
+def ours(
+    make: Callable[[int, int, Clock], ServerApp],
+    plan: PrivacyPlan | None,
+    rounds: int,
+    *,
+    cohort: int = CLIENTS,
+    population: int = CLIENTS,
+) -> Clock:
+    """The rounds of a cohort on the vectorised grid."""
+    clock = Clock(clients=cohort)
+    simulate(make(cohort, rounds, clock), task(plan).client_app(load), num_clients=population)
+    return clock
 
 
-def flowers(train: Callable[[nn.Module, Tensor, Tensor], float], rounds: int) -> list[float]:
+def flowers(train: Callable[[nn.Module, Tensor, Tensor], float], rounds: int) -> Clock:
     """The same on Flower's simulation: Ray, one CPU a client, which is its best setting on two cores."""
-    seconds: list[float] = []
-    resources: dict[str, Any] = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    clock = Clock(clients=FLOWER_CLIENTS)
+    resources: dict[str, Any] = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"log_to_driver": False},
+    }
     flwr.simulation.run_simulation(
-        fedavg_server(FLOWER_CLIENTS, rounds, seconds),
+        fedavg_server(FLOWER_CLIENTS, rounds, clock),
         ordinary_app(train),
         num_supernodes=FLOWER_CLIENTS,
         backend_config=resources,
     )
-    return [FLOWER_CLIENTS / each for each in seconds]
+    # The work was done in other processes.
+    clock.processors.clear()
+    return clock
 
 
-def loop(rounds: int) -> list[float]:
+def loop(rounds: int) -> Clock:
     """A plain loop over clients in one thread: no messages, no records, the mean of the states."""
     torch.set_num_threads(1)
-    start, net, found = network().state_dict(), network(), []
+    clock = Clock(clients=FLOWER_CLIENTS)
+    start, net = network().state_dict(), network()
     rows = [load(partition, FLOWER_CLIENTS) for partition in range(FLOWER_CLIENTS)]
     for _ in range(rounds + 1):
-        started = time.perf_counter()
-        sums = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
-        for x, y in rows:
-            net.load_state_dict(start)
-            train_plainly(net, x, y)
-            for name, tensor in net.state_dict().items():
-                sums[name] += tensor
-        start = {name: total / FLOWER_CLIENTS for name, total in sums.items()}
-        found.append(FLOWER_CLIENTS / (time.perf_counter() - started))
-    return found[1:]
+        with clock.round():
+            sums = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
+            for x, y in rows:
+                net.load_state_dict(start)
+                train_plainly(net, x, y)
+                for name, tensor in net.state_dict().items():
+                    sums[name] += tensor
+            start = {name: total / FLOWER_CLIENTS for name, total in sums.items()}
+    return clock
 
 
 def gemm_rate() -> float:
-    """FLOP a second of large single-precision matrix products on all cores."""
+    """FLOP a second of single-precision matrix products on all cores: large ones or many small ones, whichever more."""
     torch.set_num_threads(os.cpu_count() or 1)
-    one, other = torch.randn(1024, 1024), torch.randn(1024, 1024)
     found = []
-    for _ in range(9):
-        started = time.perf_counter()
-        for _ in range(4):
-            one @ other
-        found.append(4 * 2 * 1024**3 / (time.perf_counter() - started))
+    for shape in ((1, 1024, 1024, 1024), (512, ROWS, INPUTS, HIDDEN)):
+        count, rows, inner, columns = shape
+        one, other = torch.randn(count, rows, inner), torch.randn(count, inner, columns)
+        rates = []
+        for _ in range(15):
+            started = time.perf_counter()
+            torch.bmm(one, other)
+            rates.append(2 * count * rows * inner * columns / (time.perf_counter() - started))
+        found.append(statistics.median(rates))
     torch.set_num_threads(1)
-    return statistics.median(found)
+    return max(found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,43 +264,68 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     few, many = (2, 6) if options.quick else (10, 40)
-    samples: dict[str, list[float]] = {}
-
-    def measure(name: str, run: Callable[[], list[float]]) -> None:
-        samples.setdefault(name, []).extend(run())
-
-    names = ("plain loop, one thread", "fedinfer, stock FedAvg", "fedinfer, sum", "fedinfer, sum, example DP")
+    clocks: dict[str, list[Clock]] = {}
     rates = []
     # Ours before, between and after the peers: whatever else the machine does, it does to all.
     for part in range(3):
         rates.append(gemm_rate())
-        measure(names[0], lambda: loop(few))
-        measure(names[1], lambda: ours(fedavg_server, None, few))
-        measure(names[2], lambda: ours(summing_server, None, many))
-        measure(names[3], lambda: ours(summing_server, example_plan(), few))
+        clocks.setdefault(LOOP, []).append(loop(few))
+        clocks.setdefault("fedinfer, stock FedAvg", []).append(ours(fedavg_server, None, few))
+        clocks.setdefault("fedinfer, sum", []).append(ours(summing_server, None, many))
+        clocks.setdefault("fedinfer, sum, example DP", []).append(ours(summing_server, example_plan(), few))
         if part == 0:
-            measure("Flower, Ray", lambda: flowers(train_plainly, few))
+            clocks[FLOWER] = [flowers(train_plainly, few)]
         if part == 1:
-            measure("Flower, Ray, Opacus", lambda: flowers(train_with_opacus, few))
-    figures = {name: statistics.median(each) for name, each in samples.items()}
-    rate = statistics.median(rates)
-    report(figures, rate)
+            clocks[FLOWER_DP] = [flowers(train_with_opacus, few)]
+    figures = {name: rate_of(each) for name, each in clocks.items()}
+    report(figures, {name: processor_of(each) for name, each in clocks.items()}, statistics.median(rates))
+    cohorts = population()
     if options.json:
-        payload = {"updates_per_s": figures, "gemm_flop_per_s": rate, "flop_per_update": FLOP, "samples": samples}
+        payload = {
+            "updates_per_s": figures,
+            "gemm_flop_per_s": statistics.median(rates),
+            "flop_per_update": FLOP,
+            "cohort_seconds": cohorts,
+            "round_seconds": {name: [wall for one in each for wall in one.walls] for name, each in clocks.items()},
+        }
         options.json.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
 
 
-def report(figures: dict[str, float], rate: float) -> None:
+def rate_of(clocks: Sequence[Clock]) -> float:
+    """Updates a second, by the median round."""
+    return clocks[0].clients / statistics.median(wall for clock in clocks for wall in clock.walls)
+
+
+def processor_of(clocks: Sequence[Clock]) -> float | None:
+    """Processor seconds of an update, by the median round; None if they were spent elsewhere."""
+    seconds = [each for clock in clocks for each in clock.processors]
+    return statistics.median(seconds) / clocks[0].clients if seconds else None
+
+
+def report(figures: dict[str, float], processors: dict[str, float | None], rate: float) -> None:
     """The table."""
-    flower, private = figures["Flower, Ray"], figures["Flower, Ray, Opacus"]
-    plain = figures["plain loop, one thread"]
-    print(f"{'':28}{'updates/s':>11}{'of Flower':>11}{'of the loop':>13}{'of GEMM':>9}")
+    print(f"{'':28}{'updates/s':>11}{'of Flower':>11}{'of the loop':>13}{'processor':>12}{'of GEMM':>9}")
     for name, figure in figures.items():
-        peer = private if "DP" in name or "Opacus" in name else flower
-        share = figure * FLOP / rate
-        print(f"{name:28}{figure:11,.0f}{figure / peer:10.0f}×{figure / plain:12.1f}×{share:9.1%}")
+        peer = figures[FLOWER_DP if "DP" in name else FLOWER]
+        share, spent = figure * FLOP / rate, processors[name]
+        time_us = "-" if spent is None else f"{spent * 1e6:.0f} µs"
+        print(f"{name:28}{figure:11,.0f}{figure / peer:10.0f}×{figure / figures[LOOP]:12.1f}×{time_us:>12}{share:9.1%}")
     print(f"{FLOP / 1e6:.2f} MFLOP an update; matrix products reach {rate / 1e9:.0f} GFLOP/s on {os.cpu_count()} cores")
-    print("example DP is compared with Flower and Opacus, the others with Flower")
+    print("with DP the peer is Flower with Opacus, and without it Flower")
+
+
+def population() -> dict[int, float]:
+    """Print and return the seconds of a round by the size of its cohort, out of 1,000,000 clients."""
+    found = {}
+    for cohort in (1000, 3000, 10_000):
+        clock = ours(summing_server, None, 2, cohort=cohort, population=POPULATION)
+        found[cohort] = statistics.median(clock.walls)
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(
+            f"{cohort:6,} of {POPULATION:,} clients: {found[cohort]:.2f} s a round, rows made included; "
+            f"{found[cohort] / cohort * 1e6:.0f} µs a client; peak memory {peak_gb:.2f} GB"
+        )
+    return found
 
 
 if __name__ == "__main__":
