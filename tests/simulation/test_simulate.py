@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch.nn import functional
 import tests.simulation.third_party as third_party
 from fedinfer.errors import BadUsage
 from fedinfer.privacy import Poisson, PrivacyPlan
-from fedinfer.simulation import SimulatedGrid, simulate
+from fedinfer.simulation import CohortSum, SimulatedGrid, simulate
 from fedinfer.simulation.records import LazyArray
 from fedinfer.training import LocalTask, Sgd
 
@@ -84,6 +85,8 @@ def fedavg(task: LocalTask, rounds: int, *, share: float) -> ServerApp:
 def weights_after(
     task: LocalTask, *, backend: str, seed: int | None, rounds: int = 2, share: float = 0.6
 ) -> list[np.ndarray]:
+    # A seed counts from wherever the global generators are.
+    random.random()
     # Nodes of Flower's simulation have ids of their own, so that a share of them would be another share.
     result = simulate(
         fedavg(task, rounds, share=share),
@@ -312,13 +315,25 @@ def test_rows_that_do_not_fit_spoil_nobody_elses_answer() -> None:
 
     task, app = task_of(), ServerApp()
     replies: list[Message] = []
+    sums: list[CohortSum] = []
 
     @app.main()
-    def main(grid: Grid, context: Context) -> None:
+    def main(grid: SimulatedGrid, context: Context) -> None:
         content = RecordDict({"arrays": ArrayRecord(task.model.state_dict())})
-        replies.extend(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))
+        if context.run_config["sum"]:
+            sums.append(grid.sum_of_updates(content, grid.get_node_ids()))
+        else:
+            replies.extend(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))
 
-    simulate(app, task.client_app(crooked), num_clients=CLIENTS, seed=0)
+    for summed in (False, True):
+        simulate(app, task.client_app(crooked), num_clients=CLIENTS, seed=0, run_config={"sum": summed})
+    (total,) = sums
+    assert {error.metadata.src_node_id - 2 for error in total.errors} == {2, 4}
+    answers = [reply.content for reply in replies if reply.has_content()]
+    assert total.weight == sum(own["metrics"]["num-examples"] for own in answers)
+    for name, tensor in task.model.state_dict().items():
+        moved = sum(own["metrics"]["num-examples"] * (own["arrays"][name].numpy() - tensor.numpy()) for own in answers)
+        assert np.allclose(total.update[name], moved, rtol=1e-4, atol=1e-5)
     assert {reply.metadata.src_node_id - 2 for reply in replies if reply.has_error()} == {2, 4}
     (expected,) = asked(task)
     for reply in replies:
@@ -350,13 +365,15 @@ def test_lazy_arrays_are_flower_arrays() -> None:
     assert (lazy.dtype, lazy.shape, lazy.stype, lazy.data) == (plain.dtype, plain.shape, plain.stype, plain.data)
     copied = lazy.numpy()
     copied[:] = 0.0
-    assert np.array_equal(lazy.numpy(), values), "what a strategy does with the numbers does not reach the cohort"
+    assert np.array_equal(lazy.numpy(), plain.numpy()), (
+        "what a strategy does with the numbers does not reach the cohort"
+    )
     record = ArrayRecord()
     record["w"] = lazy
     assert record.object_id == ArrayRecord({"w": plain}).object_id
     assert type(pickle.loads(pickle.dumps(lazy))) is Array
-    lazy.data = Array(values + 1.0).data
-    assert np.array_equal(lazy.numpy(), values + 1.0)
+    lazy.data = Array(plain.numpy() + 1.0).data
+    assert np.array_equal(lazy.numpy(), plain.numpy() + 1.0)
 
 
 def test_dropped_clients_are_errors_and_their_state_does_not_move() -> None:
