@@ -6,11 +6,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedinfer.local_task import Indices, LocalTask, clip_updates, cut
-from fedinfer.privacy import NoiseStream
+from fedinfer.privacy import NoiseStream, PrivacyPlan
 from fedinfer.simulation.stacked import Stack, State
+
+# Numbers, of 8 bytes each and a few times over.
+RELEASED_AT_ONCE = 1 << 16
 
 
 class Turn(Protocol):
@@ -18,6 +22,8 @@ class Turn(Protocol):
 
     @property
     def done(self) -> int: ...
+    @property
+    def seed(self) -> str | None: ...
     def stream(self) -> NoiseStream: ...
 
 
@@ -107,7 +113,7 @@ def _private(task: LocalTask, stack: Stack, members: Sequence[Member]) -> Traine
     begin = _start(task, members)
     weights = [weight.clone().double() for weight in begin]
     state = task.optimiser.start(weights)
-    streams = [member.turn.stream() for member in members]
+    streams = _streams(members)
     for number in range(1, task.releases + 1):
         chosen = [
             plan.sample(len(member.x), stream, step=member.turn.done + number)
@@ -116,11 +122,32 @@ def _private(task: LocalTask, stack: Stack, members: Sequence[Member]) -> Traine
         index, present = _gathered(chosen, starts)
         sums = stack.clipped(weights, x[index], y[index], present, plan.clip_norm)
         totals = torch.cat([gradient.flatten(1) for gradient in sums], dim=1).numpy()
-        released = np.stack([plan.release(own, stream) for own, stream in zip(totals, streams, strict=True)])
+        released = _released(plan, totals, streams)
         one = [weight[0] for weight in weights]
         task.optimiser.step(weights, cut(torch.from_numpy(released).double(), one), state, number)
     moved = [weight.to(old.dtype) for weight, old in zip(weights, begin, strict=True)]
     return Trained(order=range(len(members)), weights=moved, losses=None)
+
+
+def _streams(members: Sequence[Member]) -> list[NoiseStream]:
+    """Each member's own randomness; one stream for all if it comes from the operating system."""
+    if all(member.turn.seed is None for member in members):
+        return [members[0].turn.stream()] * len(members)
+    return [member.turn.stream() for member in members]
+
+
+def _released(plan: PrivacyPlan, totals: NDArray[np.float64], streams: Sequence[NoiseStream]) -> NDArray[np.float32]:
+    """The release (C, d) of each client's sum.
+
+    Noise is independent from number to number, so that clients with one stream are released together, as many as fit
+    into a processor's own memory.
+    """
+    together = 1 if streams[0] is not streams[-1] else max(1, RELEASED_AT_ONCE // totals.shape[1])
+    parts = [
+        plan.release(totals[start : start + together].reshape(-1), streams[start])
+        for start in range(0, len(totals), together)
+    ]
+    return np.concatenate(parts).reshape(totals.shape)
 
 
 def _start(task: LocalTask, members: Sequence[Member]) -> list[Tensor]:

@@ -26,7 +26,7 @@ from fedinfer.simulation.stacked import Stack, State, choose
 
 log = logging.getLogger("fedinfer.simulation")
 # A chunk's weights, gradients and activations: small enough to stay near the processor.
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 MOST_CLIENTS = 1024
 TRAINING = ("train", "train.default")
 EVALUATION = ("evaluate", "evaluate.default")
