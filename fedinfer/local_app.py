@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedinfer.errors import BadInput, BudgetExceeded, FedinferError, UnprotectedRefused
+from fedinfer.errors import BadInput, BudgetExceeded, PrivacyError, UnprotectedRefused
 from fedinfer.privacy import NoiseStream, PrivacyPlan, insecure_seeded_noise, os_noise
 
 Load = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -119,7 +119,10 @@ class LocalApp(ClientApp):
 
 
 class hidden_errors:  # noqa: N801 (a context manager)
-    """With `private`, an error that is not ours becomes one that tells its kind only: its text may quote a row."""
+    """With `private`, an error tells its kind only, because its text may quote a row or count them.
+
+    Errors of privacy itself say what was asked for, which is public.
+    """
 
     def __init__(self, *, private: bool) -> None:
         self._private = private
@@ -127,7 +130,7 @@ class hidden_errors:  # noqa: N801 (a context manager)
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if self._private and isinstance(error, Exception) and not isinstance(error, FedinferError):
+        if self._private and isinstance(error, Exception) and not isinstance(error, PrivacyError):
             raise BadInput(f"local task: got {type(error).__name__} on the rows of this device") from None
 
 

@@ -57,7 +57,7 @@ class LocalTask:
     With a plan of unit "client" a device trains as without one, clips its whole update to `plan.clip_norm` and says
     nothing else; whoever sums the updates must release the sum by the plan. The server is trusted.
 
-    Guarantees: with a plan of unit "example" the update is a function of `steps_per_round` releases of the plan and
+    Guarantees: with a plan of unit "example" the update is a function of `releases` releases of the plan and
     of nothing else that is private; with unit "client" it differs from the weights sent by at most `plan.clip_norm`
     in L2 norm, over all parameters together.
     """

@@ -8,6 +8,7 @@ reply, in the words of Flower's own engines.
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -176,6 +177,13 @@ def run_on(server_app: ServerApp, grid: SimulatedGrid, run_config: Config) -> Co
     context = Context(
         run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
-    with identity(grid.run.run_id):
+    with _task_of(grid.run):
         server_app(grid, context)
     return context
+
+
+@contextmanager
+def _task_of(run: Run) -> Iterator[None]:
+    """Messages that are made meanwhile come from the ServerApp of `run`."""
+    with identity(run.run_id):
+        yield

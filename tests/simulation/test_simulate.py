@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import tests.simulation.third_party as third_party
 from fedinfer.errors import BadUsage
-from fedinfer.privacy import Poisson, PrivacyPlan
+from fedinfer.privacy import FixedSize, Poisson, PrivacyPlan
 from fedinfer.simulation import CohortSum, SimulatedGrid, simulate
 from fedinfer.simulation.records import LazyArray
 from fedinfer.training import LocalTask, Sgd
@@ -396,3 +396,29 @@ def test_dropped_clients_are_errors_and_their_state_does_not_move() -> None:
     # A plan of four releases pays for two rounds that reached the client, however many did not.
     per_node = [sum(replies[node] for replies in seen) for node in seen[0]]
     assert sorted(per_node) == [0, *[2] * (CLIENTS - 1)]
+
+
+@pytest.mark.parametrize("backend", ["vectorised", pytest.param("process", marks=pytest.mark.long)])
+def test_no_error_under_a_plan_counts_rows(backend: str) -> None:
+    plan = PrivacyPlan(
+        clip_norm=1.0,
+        noise_multiplier=2.0,
+        sampler=FixedSize(size=2, population=1000),
+        delta=1e-5,
+        steps=4,
+    )
+    task, app = replace(task_of(), plan=plan), ServerApp()
+    errors: list[str] = []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        content = RecordDict({"arrays": ArrayRecord(task.model.state_dict())})
+        messages = [Message(content, node, "train") for node in grid.get_node_ids()]
+        errors.extend(str(reply.error.reason) for reply in grid.send_and_receive(messages))
+
+    def uneven(partition: int, partitions: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(7 + partition, 5), torch.zeros(7 + 2 * partition, dtype=torch.int64)
+
+    simulate(app, task.client_app(uneven), num_clients=CLIENTS, backend=backend, workers=1)
+    assert len(errors) == CLIENTS
+    assert not any(character.isdigit() for error in errors for character in error)
