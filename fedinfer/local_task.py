@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedinfer.errors import BadUsage, ShapeMismatch
 from fedinfer.optimisers import Optimiser
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient
+from fedinfer.privacy.row_by_row import row_by_row
 
 if TYPE_CHECKING:
     from fedinfer.local_app import Load, LocalApp
@@ -26,6 +27,8 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 Indices = NDArray[np.int64]
 # Rounding to single precision may carry a clipped norm past its bound by 2**-24 of it.
 CLIP_MARGIN = 1.0 - 2.0**-22
+# No trained model comes near it, and no square of what it makes overflows.
+MAX_WEIGHT = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,9 @@ class LocalTask:
 
     With a plan of unit "example" each step is one release of the plan: `plan.sample` chooses the rows (`batch_size`
     is not used), each row's gradient is clipped, the sum gets noise and is divided by `plan.divisor`, and only then
-    does the optimiser see it. It computes in double precision, because in single precision a row can change how the
-    others are rounded. An epoch is 1 / rate steps, a number that everybody may know.
+    does the optimiser see it. It computes in double precision and linear layers row by row, so that a row cannot change
+    how the others are rounded; other layers and the loss are torch's own, whose last bit may depend on the batch. An
+    epoch is 1 / rate steps, a number that everybody may know.
 
     With a plan of unit "client" a device trains as without one, clips its whole update to `plan.clip_norm` and says
     nothing else; whoever sums the updates must release the sum by the plan. The server is trusted.
@@ -172,7 +176,8 @@ class LocalTask:
     def _private_steps(self, net: nn.Module, x: Tensor, y: Tensor, stream: NoiseStream, done: int) -> None:
         plan = self.example_plan
         assert plan is not None
-        net.double()
+        check_ordinary(net.state_dict())
+        row_by_row(net).double()
         x, y = in_double(x), in_double(y)
         weights = [parameter.detach() for parameter in net.parameters() if parameter.requires_grad]
         optimiser_state = self.optimiser.start(weights)
@@ -188,6 +193,13 @@ def check_rows(x: Tensor, y: Tensor) -> None:
     """Raises: ShapeMismatch if x and y differ in length."""
     if x.dim() < 1 or y.dim() < 1 or len(x) != len(y):
         raise ShapeMismatch(got=tuple(y.shape), expected=f"({len(x)}, ...)", what="y")
+
+
+def check_ordinary(state: Mapping[str, Tensor]) -> None:
+    """Raises: BadUsage for weights with which a network would overflow, and the last bit of a row decide."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool((tensor.abs() <= MAX_WEIGHT).all()):
+            raise BadUsage(f"weights {name!r}: got NaN, infinity or a number beyond {MAX_WEIGHT:g}, expected none")
 
 
 def in_double(tensor: Tensor) -> Tensor:

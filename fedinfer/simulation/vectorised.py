@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedinfer.errors import BadUsage
 from fedinfer.local_app import ARRAYS, LocalApp, Visit, hidden_errors, weights_in
-from fedinfer.local_task import LocalTask, LocalUpdate
+from fedinfer.local_task import LocalTask, LocalUpdate, check_ordinary
 from fedinfer.simulation.cohort import Trained, train_chunk, trained_names
 from fedinfer.simulation.engines import CohortSum, Summing, Task, answer, error_reply, sealed
 from fedinfer.simulation.evaluated import evaluations
@@ -258,6 +258,8 @@ def _checked(state: State, task: LocalTask) -> State:
     """
     net = copy.deepcopy(task.model)
     net.load_state_dict(dict(state))
+    if task.example_plan is not None:
+        check_ordinary(net.state_dict())
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
 
 

@@ -282,3 +282,33 @@ def test_a_task_that_cannot_be_is_refused(fields: dict[str, object], word: str) 
 def test_an_optimiser_that_cannot_be_is_refused(make: object) -> None:
     with pytest.raises(BadUsage, match="expected"):
         make()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])
+def test_weights_that_would_overflow_are_refused_under_a_plan(value: float) -> None:
+    task = task_of("mlp", Sgd(lr=0.1), "example", torch.float64)
+    x, y = loader(torch.float64)(6, 0)
+    state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    state["2.bias"][0] = value
+    with pytest.raises(BadUsage, match=r"weights '2\.bias'"):
+        task.train(state, x, y, insecure_seeded_noise("s"))
+
+
+def test_under_a_plan_a_row_does_not_change_how_others_are_rounded() -> None:
+    plan = PrivacyPlan(clip_norm=0.1, noise_multiplier=1.0, sampler=Poisson(rate=1.0), delta=1e-5, steps=9)
+    net = nn.Linear(97, CLASSES).double()
+    y = loader(torch.float64)(6, 0)[1]
+    x = torch.randn(len(y), 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outputs: list[Tensor] = []
+
+    def seen(output: Tensor, target: Tensor) -> Tensor:
+        outputs.append(output.detach())
+        return cross_entropy(output, target)
+
+    task = LocalTask(model=net, loss=seen, optimiser=Sgd(lr=1.0), steps=1, plan=plan)
+    found = []
+    for count in range(len(x), 0, -1):
+        outputs.clear()
+        task.train(net.state_dict(), x[:count], y[:count], insecure_seeded_noise("s"))
+        found.append(next(output for output in outputs if output.shape[0] == count))
+        assert torch.equal(found[-1], found[0][:count])
