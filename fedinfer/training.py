@@ -12,6 +12,7 @@ from torch.nn import functional
 from fedinfer.arrays import Vector, flatten, unflatten
 from fedinfer.data import Table
 from fedinfer.errors import BadUsage
+from fedinfer.local_task import MAX_WEIGHT
 from fedinfer.local_task import LocalTask as LocalTask
 from fedinfer.models import ModelSpec
 from fedinfer.optimisers import Adam as Adam
@@ -19,9 +20,6 @@ from fedinfer.optimisers import Sgd as Sgd
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient
 from fedinfer.privacy.clipping import clip_update
 from fedinfer.privacy.row_by_row import row_by_row
-
-# No trained model comes near it, and no square of what it makes overflows.
-MAX_WEIGHT = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,16 @@
 import argparse
 from pathlib import Path
 
-from experiments.benchmarks import dp_step, encrypted, noise, rounds, secagg
+from experiments.benchmarks import dp_step, encrypted, noise, rounds, secagg, simulation
+
+BENCHMARKS = {
+    "rounds": rounds,
+    "simulation": simulation,
+    "noise": noise,
+    "dp_step": dp_step,
+    "secagg": secagg,
+    "encrypted": encrypted,
+}
 
 
 def main() -> None:
@@ -14,13 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.json:
         options.json.mkdir(parents=True, exist_ok=True)
-    for name, benchmark in (
-        ("rounds", rounds),
-        ("noise", noise),
-        ("dp_step", dp_step),
-        ("secagg", secagg),
-        ("encrypted", encrypted),
-    ):
+    for name, benchmark in BENCHMARKS.items():
         arguments = ["--quick"] if options.quick else []
         if options.json:
             arguments += ["--json", str(options.json / f"{name}.json")]
