@@ -358,7 +358,10 @@ class PrivacyLedger:
             plan=body,
         )
         self._history.check_neighbours(charge)
-        rule.check(self._history.spent, charge.cost)
+        try:
+            rule.check(self._history.spent, charge.cost)
+        except BudgetExceeded as refused:
+            raise BudgetExceeded(f"ledger {self._name}: {refused}") from None
         return charge
 
 
