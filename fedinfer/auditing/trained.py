@@ -15,7 +15,7 @@ from fedinfer.privacy import os_noise
 from fedinfer.privacy.audit_bounds import Guesses
 from fedinfer.settings import RunConfig
 
-CANARIES = 1000
+CANARIES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
