@@ -67,6 +67,16 @@ def test_two_evaluations_of_the_same_rows_differ_by_the_noise_that_is_claimed() 
     assert abs(np.mean(summary) - len(ROWS)) < 6 * error / np.sqrt(60)
 
 
+def test_a_score_of_one_half_is_a_positive_answer() -> None:
+    loud = EvaluationRelease.calibrate(epsilon=30.0, delta=1e-6, loss_bound=4.0)
+    undecided = task(weights=np.zeros(SCHEMA.width + 1, np.float32), release=loud)
+    told = loud.summarise(device(PrivacyLedger.scratch(epsilon=99.0, delta=0.5)).evaluate(undecided).counts)
+    assert told.accuracy is not None
+    assert told.loss is not None
+    assert told.accuracy.value == pytest.approx(ROWS.labels.mean(), abs=0.02)
+    assert told.loss.value == pytest.approx(np.log(2), abs=0.05)
+
+
 def test_messages_round_trip_and_others_are_refused() -> None:
     got = evaluation_from_content(evaluation_to_content(task()))
     assert (got.run, got.spec, got.schema_digest, got.release) == ("e", SPEC, SCHEMA.digest(), RELEASE)

@@ -107,20 +107,25 @@ def test_training_and_evaluation_compute_row_by_row(monkeypatch: pytest.MonkeyPa
     quiet = lambda stream, *, variance, count: np.zeros(count, np.int64)  # noqa: E731
     monkeypatch.setattr("fedinfer.privacy.plan.discrete_gaussian", quiet)
     monkeypatch.setattr("fedinfer.privacy.integer_noise.discrete_gaussian", quiet)
-    spec = ModelSpec(family="logistic", inputs=INPUTS)
     plan = PrivacyPlan.calibrate(epsilon=1.0, delta=1e-5, steps=1, clip_norm=1.0, sampler=Poisson(rate=1.0))
     release = EvaluationRelease.calibrate(epsilon=1.0, delta=1e-5, loss_bound=4.0)
     stream = insecure_seeded_noise("rounding")
-    for hostile in HOSTILE[:40]:
-        weights = np.append(hostile[0].numpy() / 2.0**60, 0.0).astype(np.float32)
-        step = StepTask(run="a", round=1, spec=spec, schema_digest="", weights=weights, plan=plan)
-        task = EvaluationTask(run="a", spec=spec, schema_digest="", weights=weights, release=release)
-        tables = [
-            Table(features=np.repeat(ROW[None], rows, 0), labels=np.ones(rows, np.float32)) for rows in (197, 198, 199)
-        ]
-        sums = [private_step(step, build(spec), table, stream).gradient for table in tables]
-        counts = [private_evaluation(task, build(spec), table, stream).counts / 2**20 for table in tables]
-        assert np.linalg.norm(sums[1] - sums[0]) <= 1.0 + 1e-5
-        assert np.linalg.norm(sums[2] - sums[1]) <= 1.0 + 1e-5
-        assert np.linalg.norm(counts[1] - counts[0]) <= math.sqrt(1.25) + 1e-9
-        assert np.linalg.norm(counts[2] - counts[1]) <= math.sqrt(1.25) + 1e-9
+    tables = [
+        Table(features=np.repeat(ROW[None], rows, 0), labels=np.ones(rows, np.float32)) for rows in (197, 198, 199, 200)
+    ]
+    mlp = ModelSpec(family="mlp", inputs=INPUTS, hidden=1)
+    logistic = ModelSpec(family="logistic", inputs=INPUTS)
+    for i, j, m in islice(permutations(range(INPUTS), 3), 0, None, 97):
+        hidden = hostile_weights(i, j, m)[0].numpy()
+        hidden[m] /= float(ROW[m])
+        # The hidden unit is 2**39 or its opposite, by the order of its terms, and then nothing or everything.
+        weights = np.array([*hidden, -(2.0**39), -(2.0**120), 0.0], np.float32)
+        step = StepTask(run="a", round=1, spec=mlp, schema_digest="", weights=weights, plan=plan)
+        small = np.append(hostile_weights(i, j, m)[0].numpy() / 2.0**60, 0.0).astype(np.float32)
+        task = EvaluationTask(run="a", spec=logistic, schema_digest="", weights=small, release=release)
+        sums = [private_step(step, build(mlp), table, stream).gradient for table in tables]
+        counts = [private_evaluation(task, build(logistic), table, stream).counts / 2**20 for table in tables]
+        for one, other in pairwise(sums):
+            assert np.linalg.norm(other - one) <= 1.0 + 1e-4
+        for one, other in pairwise(counts):
+            assert np.linalg.norm(other - one) <= math.sqrt(1.25) + 1e-9
