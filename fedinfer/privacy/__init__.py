@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fedinfer.privacy.bookkeeping import ClippedGradient, clipped_gradient
     from fedinfer.privacy.clipping import AdaptiveClip, clip_update
     from fedinfer.privacy.discrete import discrete_gaussian, discrete_laplace
+    from fedinfer.privacy.distributed import DistributedPlan
     from fedinfer.privacy.evaluation import EvaluationRelease
     from fedinfer.privacy.ledger import LedgerSummary, PrivacyLedger, Reservation, RunSummary
     from fedinfer.privacy.local import LocalVector, RandomisedResponse
@@ -27,6 +28,7 @@ HOMES = {
     "ConfidentVotes": "votes",
     "CountRelease": "releases",
     "Cyclic": "samplers",
+    "DistributedPlan": "distributed",
     "EvaluationRelease": "evaluation",
     "FixedSize": "samplers",
     "HistogramRelease": "releases",
@@ -57,6 +59,7 @@ __all__ = [
     "ConfidentVotes",
     "CountRelease",
     "Cyclic",
+    "DistributedPlan",
     "EvaluationRelease",
     "FixedSize",
     "HistogramRelease",
