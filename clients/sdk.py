@@ -12,10 +12,11 @@ from torch import nn
 
 from fedinfer.data import Schema, Table, encode, heart_rows, heart_schema, read_schema, read_table
 from fedinfer.errors import BadInput, BadUsage, SchemaError, UnprotectedRefused
-from fedinfer.evaluating import EvaluationReply, EvaluationTask, private_evaluation
+from fedinfer.evaluating import EvaluationReply, EvaluationTask, evaluation_summand, private_evaluation
 from fedinfer.models import ModelSpec, build
 from fedinfer.privacy import (
     Cyclic,
+    DistributedPlan,
     NoiseStream,
     Poisson,
     PrivacyLedger,
@@ -24,7 +25,11 @@ from fedinfer.privacy import (
     os_noise,
 )
 from fedinfer.privacy.heads import HeadFile
-from fedinfer.training import StepReply, StepTask, private_step, unsafe_step
+from fedinfer.secagg import Parameters, Policy, Words
+from fedinfer.secagg.round_messages import Inbox, Masked, Offer
+from fedinfer.training import StepReply, StepTask, private_step, step_summand, unsafe_step
+
+from .membership import Membership, MembershipConfig
 
 log = logging.getLogger("fedinfer.device")
 BUNDLED = "heart-disease"
@@ -43,6 +48,8 @@ class DeviceConfig:
     `ledger_head` (the path of its head file) and `ledger_public_key` (32 bytes in hex) pin the ledger; `fedinfer
     ledger init` prints them. Without them the ledger file says itself which key and head it has, and another ledger
     put in its place is believed.
+
+    `membership` is who the device is in secure sums; without it, it takes part in none.
     """
 
     data: Path | None
@@ -52,6 +59,7 @@ class DeviceConfig:
     ledger_head: Path | None = None
     ledger_public_key: str | None = None
     public_data: bool = False
+    membership: MembershipConfig | None = None
     insecure_seeded_noise: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -73,11 +81,13 @@ class DeviceConfig:
         """Read a Flower node configuration.
 
         Its keys: data, schema, ledger, ledger-head, ledger-public-key, insecure-seeded-noise (text), public-data (yes
-        or no), partition-id and num-partitions (whole numbers).
+        or no), partition-id and num-partitions (whole numbers); for secure sums pki, pki-digest, identity, sessions
+        (text), corrupt and dropout (shares, by default those of `fedinfer.secagg.Policy`).
         Raises: BadUsage for an unknown key or a value of another type, and for a pin that is empty.
         """
         kinds: dict[str, type] = {"data": str, "schema": str, "ledger": str, "public-data": bool}
         kinds |= {"ledger-head": str, "ledger-public-key": str}
+        kinds |= {"pki": str, "pki-digest": str, "identity": str, "sessions": str, "corrupt": float, "dropout": float}
         kinds |= {"insecure-seeded-noise": str, "partition-id": int, "num-partitions": int}
         for key, value in node.items():
             if key not in kinds or type(value) is not kinds[key]:
@@ -98,8 +108,39 @@ class DeviceConfig:
             ledger_head=Path(pins["ledger-head"]) if "ledger-head" in pins else None,
             ledger_public_key=pins.get("ledger-public-key"),
             public_data=bool(node.get("public-data", False)) or not data,
+            membership=_membership(node),
             insecure_seeded_noise=str(node.get("insecure-seeded-noise", "")),
         )
+
+
+def _membership(node: Mapping[str, bool | float | int | str]) -> MembershipConfig | None:
+    """The part of a node configuration that says who the device is in secure sums."""
+    given = {key: str(node[key]) for key in ("pki", "pki-digest", "identity") if node.get(key)}
+    if not given:
+        return None
+    if len(given) < 3:
+        raise BadUsage(
+            f"node configuration: got {sorted(given)} alone, expected pki, pki-digest and identity together; "
+            "`fedinfer pki show` prints the digest"
+        )
+    return MembershipConfig(
+        pki=Path(given["pki"]),
+        pki_digest=given["pki-digest"],
+        identity=Path(given["identity"]),
+        sessions=str(node.get("sessions", "")),
+        policy=Policy(
+            corrupt=float(node.get("corrupt", Policy.corrupt)), dropout=float(node.get("dropout", Policy.dropout))
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedReply:
+    """What leaves the device for a secure sum: a masked vector, the offer for the next round, and if it was void."""
+
+    masked: Masked
+    offer: Offer
+    void: bool
 
 
 class Device:
@@ -112,6 +153,7 @@ class Device:
         schema: Schema,
         ledger: PrivacyLedger,
         public_data: bool = False,
+        membership: Membership | None = None,
         insecure_seed: str = "",
     ) -> None:
         self._table = table
@@ -119,6 +161,7 @@ class Device:
         self._width = schema.width
         self._ledger = ledger
         self._public_data = public_data
+        self._membership = membership
         self._insecure_seed = insecure_seed
         self._nets: dict[ModelSpec, nn.Module] = {}
 
@@ -139,6 +182,7 @@ class Device:
             schema=schema,
             ledger=ledger,
             public_data=config.public_data,
+            membership=config.membership.open() if config.membership is not None else None,
             insecure_seed=config.insecure_seeded_noise,
         )
 
@@ -156,6 +200,8 @@ class Device:
                     "task: got no privacy plan, expected one; a device answers without only for public data"
                 )
             return unsafe_step(task, self._net(task.spec), self._table)
+        if isinstance(task.plan, DistributedPlan):
+            raise UnprotectedRefused("task: got the plan of a secure sum, expected one whose noise is enough alone")
         _check_plan(task.plan)
         stream = self._stream(str(task.round))
         reservation = self._ledger.reserve(run=task.run, round=task.round, plan=task.plan, void=stream.void)
@@ -170,11 +216,60 @@ class Device:
         Raises: BudgetExceeded or SchemaError before any row is used.
         """
         self._check(task)
+        if task.release.min_honest > 1:
+            raise UnprotectedRefused("task: got the release of a secure sum, expected one whose noise is enough alone")
         stream = self._stream(task.run)
         reservation = self._ledger.reserve(run=task.run, round=1, plan=task.release, void=stream.void)
         reply = private_evaluation(task, self._net(task.spec), self._table, stream)
         self._ledger.commit(reservation)
         return reply
+
+    @property
+    def membership(self) -> Membership:
+        """Who the device is in secure sums.
+
+        Raises: BadUsage if it is in none.
+        """
+        if self._membership is None:
+            raise BadUsage(
+                "device: got no identity for secure sums, expected pki, pki-digest and identity in the node "
+                "configuration; `fedinfer pki identity` makes one"
+            )
+        return self._membership
+
+    def masked(self, task: StepTask | EvaluationTask, inbox: Inbox) -> MaskedReply:
+        """Answer one round of a secure sum: check it, reserve in the ledger, use the rows, mask, commit.
+
+        What is charged is the sum's plan or release. It stays charged if the round comes to nothing.
+
+        Guarantees: what leaves the device is, to the server and to at most `Parameters.corrupt` others, random but
+        for a sum with the noise of at least `min_honest` devices, which is what is charged (`fedinfer.secagg`).
+        Raises: ProtocolViolation, BudgetExceeded, UnprotectedRefused or SchemaError before any row is used, and with
+            nothing spent.
+        """
+        self._check(task)
+        charge = task.plan if isinstance(task, StepTask) else task.release
+        if isinstance(charge, PrivacyPlan) or charge is None:
+            raise UnprotectedRefused("task: got a plan for one device alone or none, expected that of a secure sum")
+        spec, model = task.sum_spec, task.digest()
+        with self.membership.participant(task.run) as participant:
+            _check_sum(charge.min_honest, participant.session.parameters)
+            if isinstance(charge, DistributedPlan):
+                _check_plan_of_sum(charge, participant.session.parameters)
+            participant.check(inbox, spec=spec, model=model)
+            round = task.round if isinstance(task, StepTask) else 1
+            stream = self._stream(str(round))
+            reservation = self._ledger.reserve(run=task.run, round=round, plan=charge, void=stream.void)
+            masked = participant.masked(inbox, self._summand(task, stream), spec=spec, model=model)
+            self._ledger.commit(reservation)
+            offer = participant.offer(inbox.round + 1)
+        return MaskedReply(masked=masked, offer=offer, void=stream.void)
+
+    def _summand(self, task: StepTask | EvaluationTask, stream: NoiseStream) -> Words:
+        net = self._net(task.spec)
+        if isinstance(task, StepTask):
+            return step_summand(task, net, self._table, stream)
+        return evaluation_summand(task, net, self._table, stream)
 
     def _check(self, task: StepTask | EvaluationTask) -> None:
         if task.schema_digest != self._schema_digest or task.spec.inputs != self._width:
@@ -209,6 +304,24 @@ def _check_plan(plan: PrivacyPlan) -> None:
         )
 
 
+def _check_sum(min_honest: int, parameters: Parameters) -> None:
+    """Refuse noise that counts on more honest devices than this device's own policy is sure of."""
+    if min_honest > parameters.min_honest:
+        raise UnprotectedRefused(
+            f"task: got noise that counts on {min_honest} honest devices, expected at most {parameters.min_honest} "
+            f"of {parameters.clients} by this device's own policy"
+        )
+
+
+def _check_plan_of_sum(plan: DistributedPlan, parameters: Parameters) -> None:
+    """Refuse a plan that says of more colluders than the policy is safe against, or is for fewer clients."""
+    if plan.colluders > parameters.corrupt or plan.clients < parameters.clients:
+        raise UnprotectedRefused(
+            f"task: got a plan for {plan.clients} clients and {plan.colluders} colluders, expected at least "
+            f"{parameters.clients} clients and at most {parameters.corrupt} colluders"
+        )
+
+
 def _read(config: DeviceConfig, schema: Schema) -> Table:
     if config.data is not None:
         return read_table(config.data, schema)
@@ -227,6 +340,6 @@ def open_device(config: DeviceConfig) -> Device:
     return _open(config, tuple(stamps))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1024)
 def _open(config: DeviceConfig, stamps: tuple[int, ...]) -> Device:
     return Device.open(config)

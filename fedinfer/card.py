@@ -4,11 +4,24 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from fedinfer.privacy import DistributedPlan, PrivacyPlan
 from fedinfer.settings import RunConfig
 
 # What says where and how often a run happens, and nothing of how its settings were found.
 NOT_TUNED = {"schema", "model_seed", "rounds", "epsilon", "delta", "unit", "spare_steps", "min_devices", "timeout_s"}
-NOT_TUNED |= {"run", "checkpoint", "resume", "out", "evaluate", "keep_trajectory", "unsafe_no_privacy"}
+NOT_TUNED |= {
+    "pki",
+    "pki_digest",
+    "corrupt",
+    "dropout",
+    "run",
+    "checkpoint",
+    "resume",
+    "out",
+    "evaluate",
+    "keep_trajectory",
+    "unsafe_no_privacy",
+}
 
 
 def report_card(
@@ -39,11 +52,27 @@ def report_card(
         "mechanism": plan.mechanism,
         "accountant": plan.accountant,
         "adversary": plan.adversary,
+        **_views(plan),
+    }
+
+
+def _views(plan: PrivacyPlan | DistributedPlan) -> dict[str, Any]:
+    """Against whom the ε holds, and who is trusted for it."""
+    trusted = "the device, its disk and its operating system's randomness"
+    if isinstance(plan, DistributedPlan):
+        return {
+            "views": {
+                f"the server with {plan.colluders} of the devices, which sees every sum": plan.epsilon(),
+                "an outsider, who sees every model": plan.epsilon(),
+            },
+            "trusted": f"{trusted}; the PKI file; and that {plan.min_honest} devices of each sum are honest",
+        }
+    return {
         "views": {
             "the server, which sees every release of each device": plan.epsilon(adversary="server"),
             "an outsider, who sees every model": plan.epsilon(adversary="outsider"),
         },
-        "trusted": "the device, its disk and its operating system's randomness",
+        "trusted": trusted,
     }
 
 

@@ -14,7 +14,10 @@ from fedinfer.models import ModelSpec
 from fedinfer.privacy import NoiseStream
 from fedinfer.privacy.evaluation import EvaluationRelease
 from fedinfer.privacy.row_by_row import row_by_row
-from fedinfer.training import check_weights
+from fedinfer.secagg import SumSpec, Words
+from fedinfer.training import check_weights, task_digest
+
+SUM_BITS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,15 @@ class EvaluationTask:
 
     def __post_init__(self) -> None:
         check_weights(self.weights)
+
+    @property
+    def sum_spec(self) -> SumSpec:
+        """What devices add up in a secure sum: counts in cells, modulo 2^64."""
+        return SumSpec(length=self.release.size, bits=SUM_BITS)
+
+    def digest(self) -> bytes:
+        """SHA-256 of everything that is asked."""
+        return task_digest("counts", self.run, self.spec, self.schema_digest, self.release.digest(), self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,15 @@ def private_evaluation(task: EvaluationTask, net: nn.Module, table: Table, strea
 
     Guarantees: those of `EvaluationRelease`.
     """
+    return EvaluationReply(counts=_counts(task, net, table, stream), void=stream.void)
+
+
+def evaluation_summand(task: EvaluationTask, net: nn.Module, table: Table, stream: NoiseStream) -> Words:
+    """What a device adds to a secure sum: the counts of `private_evaluation` with a share of the noise, modulo 2^64."""
+    return _counts(task, net, table, stream).view(np.uint64)
+
+
+def _counts(task: EvaluationTask, net: nn.Module, table: Table, stream: NoiseStream) -> NDArray[np.int64]:
     net = row_by_row(net).double().eval()
     net.load_state_dict(unflatten(task.weights, net.state_dict()))
     with torch.inference_mode():
@@ -55,4 +76,4 @@ def private_evaluation(task: EvaluationTask, net: nn.Module, table: Table, strea
     edges = logit(np.arange(1, bins) / bins)
     middles = (np.searchsorted(edges, logits, side="right") + 0.5) / bins
     losses = np.logaddexp(0.0, (1.0 - 2.0 * table.labels.astype(np.float64)) * logits)
-    return EvaluationReply(counts=task.release.counts(middles, table.labels, losses, stream), void=stream.void)
+    return task.release.counts(middles, table.labels, losses, stream)

@@ -11,7 +11,7 @@ from fedinfer.arrays import Vector
 from fedinfer.errors import FedinferError, WireError
 from fedinfer.evaluating import EvaluationReply, EvaluationTask
 from fedinfer.models import ModelSpec
-from fedinfer.privacy import PrivacyPlan
+from fedinfer.privacy import plan_from_json
 from fedinfer.privacy.evaluation import EvaluationRelease
 from fedinfer.training import StepReply, StepTask
 
@@ -42,7 +42,7 @@ def task_from_content(content: RecordDict) -> StepTask:
             spec=_spec(fields),
             schema_digest=_typed(fields, "schema", str),
             weights=_vector(content, "weights"),
-            plan=PrivacyPlan.from_json(json.loads(plan)) if plan is not None else None,
+            plan=plan_from_json(json.loads(plan)) if plan is not None else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"task message: expected a field or a type that is not there ({error})") from None

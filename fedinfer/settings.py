@@ -8,13 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from fedinfer.arrays import flatten
 from fedinfer.data import Schema, heart_schema, read_schema
 from fedinfer.errors import BadUsage
-from fedinfer.models import ModelSpec
-from fedinfer.privacy import Poisson, PrivacyPlan
+from fedinfer.models import ModelSpec, build
+from fedinfer.privacy import DistributedPlan, Poisson, PrivacyPlan
 from fedinfer.privacy.checks import check_delta, check_epsilon, check_positive
 from fedinfer.privacy.evaluation import EvaluationRelease
 from fedinfer.rules import ServerRule, rule_named
+from fedinfer.secagg import Parameters, PkiFile, Policy
 
 BUNDLED_SCHEMA = "heart-disease"
 # A logistic loss above it counts as this much: six times that of a coin.
@@ -29,6 +31,10 @@ class RunConfig:
     `unit` is what is protected: an "example", sampled on its device at `sampling_rate`, or a whole "client", which
     takes part in every round, adds the noise for itself and needs many others beside it. `examples_per_client` is
     the public constant that a device's noised sum is divided by (times the sampling rate); it need not be right.
+    With a PKI file (`pki`, whose digest is `pki_digest`) devices add up in secure sums: each adds a share of the
+    noise, the plan is for all of them together, and `min_devices` is how many must set up. `corrupt` and `dropout` are
+    the shares of `fedinfer.secagg.Policy`, which devices bring along too, and `bits` the size of a coordinate.
+
     `spare_steps` are releases that the plan pays for beyond `rounds`, so that a round interrupted by a crash can be
     repeated. Where `evaluate` names a model file, nothing is trained: each device answers once with noised counts,
     whose ε and δ are `epsilon` and `delta`. `experiments/choose_settings.py` is where the defaults come from.
@@ -51,6 +57,11 @@ class RunConfig:
     learning_rate: float = 0.5
     momentum: float = 0.8
     min_devices: int = 2
+    pki: str = ""
+    pki_digest: str = ""
+    corrupt: float = 0.1
+    dropout: float = 0.1
+    bits: int = 24
     timeout_s: float = 600.0
     run: str = ""
     checkpoint: str = ""
@@ -77,6 +88,12 @@ class RunConfig:
         if not self.unsafe_no_privacy:
             check_epsilon(self.epsilon)
             check_delta(self.delta)
+        if bool(self.pki) != bool(self.pki_digest):
+            raise BadUsage(
+                "pki: got a file or a digest alone, expected both; `fedinfer pki show FILE` prints the digest"
+            )
+        if self.pki and self.unsafe_no_privacy:
+            raise BadUsage("pki: got one for a run without privacy, expected a plan; a sum alone protects nobody")
         if self.resume and not self.checkpoint:
             raise BadUsage("resume: got no checkpoint to resume from, expected checkpoint = FILE")
         self.server_rule()
@@ -118,9 +135,14 @@ class RunConfig:
             "evaluate",
             "keep_trajectory",
             "schema",
+            "pki",
+            "pki_digest",
         }
         values = {name: value for name, value in asdict(self).items() if name not in free}
         values["schema_digest"] = self.public_schema.digest()
+        if self.federation is not None and self.plan is not None:
+            # Another federation may go on with it, if the same plan holds there.
+            values["plan"] = self.plan.digest()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -134,11 +156,47 @@ class RunConfig:
         return ModelSpec(family=self.model, inputs=self.public_schema.width, hidden=self.hidden)
 
     @cached_property
-    def plan(self) -> PrivacyPlan | None:
+    def federation(self) -> PkiFile | None:
+        """Who may take part in secure sums; None if there are none.
+
+        Raises: BadInput for a file that is not the pinned one.
+        """
+        return PkiFile.read(Path(self.pki), pinned=self.pki_digest) if self.pki else None
+
+    @property
+    def policy(self) -> Policy:
+        """What the server expects that devices insist on."""
+        return Policy(corrupt=self.corrupt, dropout=self.dropout)
+
+    @cached_property
+    def _parameters(self) -> Parameters | None:
+        """What holds of a sum of the fewest devices that set up."""
+        if self.federation is None:
+            return None
+        return self.policy.parameters(clients=self.min_devices, members=len(self.federation))
+
+    @cached_property
+    def plan(self) -> PrivacyPlan | DistributedPlan | None:
         """The plan that every device runs and charges whole, or None without privacy."""
         if self.unsafe_no_privacy:
             return None
         whole = self.unit == "client"
+        if self._parameters is not None and self.federation is not None:
+            each = 1.0 if whole else self.sampling_rate * self.examples_per_client
+            return DistributedPlan.calibrate(
+                epsilon=self.epsilon,
+                delta=self.delta,
+                steps=self.rounds + self.spare_steps,
+                unit="client" if whole else "example",
+                sampler=Poisson(rate=1.0 if whole else self.sampling_rate),
+                clip_norm=self.clip_norm,
+                divisor=each * self.min_devices,
+                dimension=len(flatten(build(self.spec).state_dict())),
+                clients=len(self.federation),
+                min_honest=self._parameters.min_honest,
+                colluders=self._parameters.corrupt,
+                bits=self.bits,
+            )
         return PrivacyPlan.calibrate(
             epsilon=self.epsilon,
             delta=self.delta,
@@ -152,7 +210,12 @@ class RunConfig:
     @cached_property
     def evaluation(self) -> EvaluationRelease:
         """What each device releases of its rows to measure a model."""
-        return EvaluationRelease.calibrate(epsilon=self.epsilon, delta=self.delta, loss_bound=LOSS_BOUND)
+        return EvaluationRelease.calibrate(
+            epsilon=self.epsilon,
+            delta=self.delta,
+            loss_bound=LOSS_BOUND,
+            min_honest=1 if self._parameters is None else self._parameters.min_honest,
+        )
 
     def server_rule(self) -> ServerRule:
         """The rule that turns a round's mean into new weights."""

@@ -39,6 +39,7 @@ class Kind(IntEnum):
     SUM_ENDORSEMENT = 24
     SUM_QUORUM = 25
     SUM_REVEAL = 26
+    SUM_HELD = 27
 
 
 @dataclass(frozen=True, kw_only=True)

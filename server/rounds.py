@@ -1,9 +1,9 @@
-"""The rounds of training: ask every device for a step, take the mean, let the rule move the weights."""
+"""The rounds of training: a step of every device, alone or by a secure sum; then the rule moves the weights."""
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,11 +12,16 @@ from flwr.serverapp import Grid
 
 from fedinfer.arrays import Vector, flatten
 from fedinfer.errors import RoundFailed, ShapeMismatch
-from fedinfer.flower import STEP, error_kind, reply_from_content, task_to_content
+from fedinfer.flower import STEP, reply_from_content, task_to_content
+from fedinfer.flower_sums import MASKED
 from fedinfer.models import build
+from fedinfer.privacy import DistributedPlan
 from fedinfer.rules import RuleState
 from fedinfer.settings import RunConfig
 from fedinfer.training import StepReply, StepTask
+
+from .sums import SecureSums, SumTask
+from .waves import send, size_of
 
 log = logging.getLogger("fedinfer.server")
 POLL_S = 0.5
@@ -24,7 +29,11 @@ POLL_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """What a server sees of one round: all of it computed from noised releases or from sizes."""
+    """What a server sees of one round: all of it computed from noised releases or from sizes.
+
+    `overshoot` is how much more noise variance was in the sum than is accounted for: in a secure sum all survivors
+    add a share, and only `min_honest` are counted on.
+    """
 
     round: int
     devices: int
@@ -33,6 +42,7 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     void: bool
+    overshoot: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,7 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
     devices = wait_for_devices(grid, config)
     rule = config.server_rule()
     schema_digest = config.public_schema.digest()
+    sums = secure_sums(grid, config, state.run)
     while state.round < config.rounds:
         started = time.monotonic()
         task = StepTask(
@@ -92,18 +103,17 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
             weights=state.weights,
             plan=config.plan,
         )
-        content = task_to_content(task)
-        messages = [Message(content, device, STEP, group_id=str(task.round)) for device in devices]
-        replies, bytes_up = _collect(grid, messages, config, task)
-        weights, rule_state = rule.step(state.weights, _mean(replies), state.rule_state)
+        step = _each_alone(grid, config, task, devices) if sums is None else _together(sums, task)
+        weights, rule_state = rule.step(state.weights, step.mean, state.rule_state)
         record = RoundRecord(
             round=task.round,
-            devices=len(replies),
+            devices=step.devices,
             update_norm=float(np.linalg.norm(weights - state.weights)),
             seconds=time.monotonic() - started,
-            bytes_up=bytes_up,
-            bytes_down=len(devices) * _size(content),
-            void=any(reply.void for reply in replies),
+            bytes_up=step.bytes_up,
+            bytes_down=step.bytes_down,
+            void=step.void,
+            overshoot=step.overshoot,
         )
         state = RoundState(
             run=state.run,
@@ -115,49 +125,93 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
         yield state
 
 
-def _collect(grid: Grid, messages: list[Message], config: RunConfig, task: StepTask) -> tuple[list[StepReply], int]:
-    """The steps of the devices that answered, in the order of their ids, and the bytes they sent."""
+def secure_sums(grid: Grid, config: RunConfig, run: str) -> SecureSums | None:
+    """The secure sums of a run; None if each device adds all of its noise itself."""
+    if config.federation is None:
+        return None
+    return SecureSums(
+        grid,
+        run=run,
+        pki=config.federation,
+        policy=config.policy,
+        min_devices=config.min_devices,
+        timeout_s=config.timeout_s,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What a round gave: the mean, and what a record says of it."""
+
+    mean: Vector
+    devices: int
+    bytes_up: int
+    bytes_down: int
+    void: bool
+    overshoot: float
+
+
+def _together(sums: SecureSums, task: StepTask) -> _Step:
+    """One step that nobody computed: the sum of what devices masked, by a plan for all of them."""
+    plan = task.plan
+    assert isinstance(plan, DistributedPlan)
+    found = sums.total(
+        SumTask(
+            action=MASKED,
+            content=task_to_content(task),
+            spec=task.sum_spec,
+            model=task.digest(),
+            group=str(task.round),
+        )
+    )
+    plan.check_total(found.total, survivors=found.survivors)
+    return _Step(
+        mean=plan.decode(found.total, rotation=task.rotation),
+        devices=found.survivors,
+        bytes_up=found.bytes_up,
+        bytes_down=found.bytes_down,
+        void=found.void,
+        overshoot=plan.overshoot(found.survivors),
+    )
+
+
+def _each_alone(grid: Grid, config: RunConfig, task: StepTask, devices: Sequence[int]) -> _Step:
+    """The mean of what devices release, each with noise that is enough for itself."""
+    content = task_to_content(task)
+    messages = [Message(content, device, STEP, group_id=str(task.round)) for device in devices]
     answers = answers_of(grid, messages, config, f"round {task.round}")
     replies = []
-    for device, content in answers.items():
-        reply = reply_from_content(content)
+    for device, answer in answers.items():
+        reply = reply_from_content(answer)
         if reply.gradient.shape != task.weights.shape:
             raise ShapeMismatch(
                 got=reply.gradient.shape, expected=task.weights.shape, what=f"device {device}, gradient"
             )
         replies.append(reply)
-    return replies, sum(_size(content) for content in answers.values())
+    return _Step(
+        mean=_mean(replies),
+        devices=len(replies),
+        bytes_up=sum(size_of(answer) for answer in answers.values()),
+        bytes_down=len(devices) * size_of(content),
+        void=any(reply.void for reply in replies),
+        overshoot=1.0,
+    )
 
 
-def answers_of(grid: Grid, messages: list[Message], config: RunConfig, what: str) -> dict[int, RecordDict]:
+def answers_of(grid: Grid, messages: Sequence[Message], config: RunConfig, what: str) -> Mapping[int, RecordDict]:
     """What the devices answered that did not fail, in the order of their ids.
 
     Raises: RoundFailed if fewer than `min_devices` did.
     """
-    contents: dict[int, RecordDict] = {}
-    failures: dict[int, str] = {}
-    replies = grid.send_and_receive(messages, timeout=config.timeout_s)
-    for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
-        device = reply.metadata.src_node_id
-        kind = "InternalError" if reply.has_error() else error_kind(reply.content)
-        if kind is None:
-            contents[device] = reply.content
-        else:
-            failures[device] = kind
-    silent = len(messages) - len(contents) - len(failures)
-    if len(contents) < config.min_devices:
+    wave = send(grid, messages, timeout_s=config.timeout_s)
+    if len(wave.contents) < config.min_devices:
         raise RoundFailed(
-            f"{what}: got {len(contents)} answers of {len(messages)} devices, expected at least "
-            f"{config.min_devices} ({_reasons(failures, silent)}); the device's own log says why"
+            f"{what}: got {len(wave.contents)} answers of {len(messages)} devices, expected at least "
+            f"{config.min_devices} ({wave.reasons()}); the device's own log says why"
         )
-    if failures or silent:
-        log.warning("%s goes on without some devices: %s", what, _reasons(failures, silent))
-    return contents
-
-
-def _reasons(failures: Mapping[int, str], silent: int) -> str:
-    kinds = [f"{list(failures.values()).count(kind)} {kind}" for kind in sorted(set(failures.values()))]
-    return ", ".join(kinds + ([f"{silent} without an answer"] if silent else []))
+    if wave.failures or wave.silent:
+        log.warning("%s goes on without some devices: %s", what, wave.reasons())
+    return wave.contents
 
 
 def _mean(replies: list[StepReply]) -> Vector:
@@ -167,7 +221,3 @@ def _mean(replies: list[StepReply]) -> Vector:
     # In double precision the order of the devices does not show in the float32 mean.
     total = sum(np.float64(reply.weight) * reply.gradient.astype(np.float64) for reply in replies)
     return np.asarray(total / weight, np.float32)
-
-
-def _size(content: RecordDict) -> int:
-    return sum(record.count_bytes() for record in content.values())

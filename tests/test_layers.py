@@ -17,7 +17,7 @@ LAYERS = (
     ("local_task",),
     ("training",),
     ("evaluating",),
-    ("flower",),
+    ("flower", "flower_sums"),
     ("simulation",),
     ("auditing", "report"),
     ("clients", "server"),
@@ -30,6 +30,7 @@ OWNERS = {
     "flwr": {
         "auditing/flower_peer.py",
         "flower",
+        "flower_sums",
         "local_app.py",
         "simulation",
         "server",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedinfer.auditing.canaries import DELTA, LOUD, RATE, axes, plan_for, random_directions, some_present
 from fedinfer.auditing.findings import ERROR, SHOWN_ERROR, Finding, Size, Streams
 from fedinfer.auditing.subjects import Subject, Trace, Units
-from fedinfer.privacy import PrivacyPlan
+from fedinfer.privacy import DistributedPlan, PrivacyPlan
 from fedinfer.privacy.audit_bounds import Game, Guesses
 
 Floats = NDArray[np.float64]
@@ -114,7 +114,7 @@ def audit_one_run(subject: Subject, size: Size, streams: Streams) -> Finding:
     return _finding("one run", subject, proof)
 
 
-def canary_scores(trace: Trace, directions: Floats, plan: PrivacyPlan) -> Floats:
+def canary_scores(trace: Trace, directions: Floats, plan: PrivacyPlan | DistributedPlan) -> Floats:
     """For each canary the log-likelihood ratio of the whole run, under the plan: the best score there is."""
     along = trace.along(directions) / plan.clip_norm
     step = (2.0 * along - 1.0) / (2.0 * plan.noise_multiplier**2)

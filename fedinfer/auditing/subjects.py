@@ -16,11 +16,11 @@ from torch import nn
 
 from fedinfer.data import Table
 from fedinfer.models import ModelSpec, build
-from fedinfer.privacy import NoiseStream, Poisson, PrivacyPlan
+from fedinfer.privacy import DistributedPlan, NoiseStream, Poisson, PrivacyPlan
 from fedinfer.privacy.audit_clipping import ClipRule
 from fedinfer.privacy.clipping import AdaptiveClip, clipped_sum
 from fedinfer.privacy.plan import Unit
-from fedinfer.training import StepReply, StepTask, private_step
+from fedinfer.training import StepReply, StepTask, private_step, step_summand
 
 Floats = NDArray[np.float64]
 # The ε that is stated at a δ; infinite where nothing is stated at that δ.
@@ -130,8 +130,7 @@ class Training:
         recording = RecordingPlan.recording(plan)
         spec = ModelSpec(family="logistic", inputs=units.rows.shape[1])
         net = build(spec)
-        with np.errstate(over="ignore"):
-            table = Table(features=2.0 * units.rows, labels=np.zeros(len(units), np.float32))
+        table = _table(units)
         weights = np.zeros(spec.inputs + 1, np.float32)
         released = []
         for number in range(1, plan.steps + 1):
@@ -146,6 +145,50 @@ class Training:
 
     def clip_rule(self, units: int, stream: NoiseStream) -> ClipRule | None:
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingSum(DistributedPlan):
+    """The plan of a secure sum, which also keeps each vector that it is about to encode."""
+
+    seen: list[Floats] = field(default_factory=list, repr=False, compare=False)
+
+    @classmethod
+    def recording(cls, plan: DistributedPlan) -> Self:
+        return cls(**{each.name: getattr(plan, each.name) for each in fields(DistributedPlan)})
+
+    def encode(
+        self, clipped_sum: NDArray[np.floating[Any]], stream: NoiseStream, *, rotation: str
+    ) -> NDArray[np.uint32]:
+        self.seen.append(clipped_sum.astype(np.float64))
+        return super().encode(clipped_sum, stream, rotation=rotation)
+
+
+def run_together(units: Units, plan: DistributedPlan, stream: NoiseStream) -> Trace:
+    """Our training step by secure sums: one device has all units, and as few others add noise as the plan counts on.
+
+    What is seen is what a secure sum shows, the sum of the encoded vectors.
+    """
+    spec = ModelSpec(family="logistic", inputs=units.rows.shape[1])
+    recording = RecordingSum.recording(replace(plan, dimension=spec.inputs + 1))
+    net, weights = build(spec), np.zeros(spec.inputs + 1, np.float32)
+    tables = [_table(units), *[_table(Units.of(units.rows[:0]))] * (plan.min_honest - 1)]
+    before, released = [], []
+    for number in range(1, plan.steps + 1):
+        task = StepTask(run="audit", round=number, spec=spec, schema_digest="", weights=weights, plan=recording)
+        recording.seen.clear()
+        total = np.zeros(recording.padded, np.uint64)
+        for table in tables:
+            total += step_summand(task, net, table, stream)
+        before.append(np.sum(recording.seen, axis=0))
+        mean = recording.decode(total, rotation=task.rotation)
+        released.append(mean.astype(np.float64) * plan.divisor)
+    return Trace(
+        before=np.stack(before),
+        released=np.stack(released),
+        sigma=plan.noise_multiplier * plan.clip_norm,
+        claim=lambda delta: replace(recording, delta=delta).epsilon(),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +272,12 @@ class AdaptiveClients:
             return adaptive.release(below * small + (units - below) * large, clip=clip_norm, stream=stream)[1]
 
         return rule
+
+
+def _table(units: Units) -> Table:
+    """Rows of label 0 whose gradients at zero weights are the units'."""
+    with np.errstate(over="ignore"):
+        return Table(features=2.0 * units.rows, labels=np.zeros(len(units), np.float32))
 
 
 def ours() -> tuple[Subject, ...]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fedinfer.auditing.canaries import axes, some_present
 from fedinfer.auditing.findings import SHOWN_ERROR, Streams
 from fedinfer.auditing.games import canary_scores
-from fedinfer.auditing.subjects import ClientUpdates, Training
+from fedinfer.auditing.subjects import ClientUpdates, Training, run_together
 from fedinfer.errors import BadUsage
-from fedinfer.privacy import os_noise
+from fedinfer.privacy import DistributedPlan, os_noise
 from fedinfer.privacy.audit_bounds import Guesses
 from fedinfer.settings import RunConfig
 
@@ -44,10 +44,14 @@ def audit_training(config: RunConfig, *, canaries: int = CANARIES, streams: Stre
     """
     if config.plan is None:
         raise BadUsage("audit: got a run without privacy, expected one with a plan")
-    subject = Training() if config.plan.unit == "example" else ClientUpdates()
     directions, stream = axes(canaries), streams()
     present = stream.uniform(canaries) < 0.5
-    trace = subject.run(some_present(directions, present), config.plan, streams())
+    units = some_present(directions, present)
+    if isinstance(config.plan, DistributedPlan):
+        trace = run_together(units, config.plan, streams())
+    else:
+        subject = Training() if config.plan.unit == "example" else ClientUpdates()
+        trace = subject.run(units, config.plan, streams())
     each_side = max(4, canaries // 20)
     guesses = Guesses.from_scores(canary_scores(trace, directions, config.plan), present, each_side=each_side)
     return AuditBound(

@@ -5,6 +5,7 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from rich.progress import Progress
 from fedinfer.cli.console import note, progress, show_json, show_table
 from fedinfer.cli.console import out as screen
 from fedinfer.cli.evaluation import Evaluation
+from fedinfer.cli.federation import Node, enlist
 from fedinfer.cli.hospitals import Hospital, resume_or_start
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
@@ -27,7 +29,7 @@ from fedinfer.cli.stopping import stop_between_steps, way_on
 from fedinfer.cli.train import run_result, run_rounds
 from fedinfer.data import encode
 from fedinfer.data.heart import SCHEMA_PATH
-from fedinfer.privacy import PrivacyLedger
+from fedinfer.privacy import DistributedPlan, PrivacyLedger
 from fedinfer.report import write_report
 from fedinfer.report.units import size
 from fedinfer.settings import RunConfig
@@ -55,16 +57,18 @@ def run_demo(*, rounds: int | None, epsilon: float, seed: int, out: Path, fast: 
         checkpoint=str(out / "checkpoint.safetensors"),
         out=str(out / "model.safetensors"),
     )
-    # A plan that cannot be is refused before a folder is made.
-    assert config.plan is not None
-    out.mkdir(parents=True, exist_ok=True)
-    config, hospitals, done = resume_or_start(config, out / "devices", seed)
-    try:
-        report = _walk(config, hospitals, seed=seed, done=done, fast=fast, started=started)
-        _, page = write_report(report, out)
-    except KeyboardInterrupt:
-        note(way_on(config, "the same command"))
-        raise
+    with tempfile.TemporaryDirectory(prefix="fedinfer-members-") as place:
+        config, members = enlist(config, [{}] * config.min_devices, Path(place))
+        # A plan that cannot be is refused before a folder is made.
+        assert config.plan is not None
+        out.mkdir(parents=True, exist_ok=True)
+        config, hospitals, done = resume_or_start(config, out / "devices", seed)
+        try:
+            report = _walk(config, hospitals, members, seed=seed, done=done, fast=fast, started=started)
+            _, page = write_report(report, out)
+        except KeyboardInterrupt:
+            note(way_on(config, "the same command"))
+            raise
     # Only now is there nothing left to go on with.
     Path(config.checkpoint).unlink()
     if as_json:
@@ -74,14 +78,21 @@ def run_demo(*, rounds: int | None, epsilon: float, seed: int, out: Path, fast: 
 
 
 def _walk(
-    config: RunConfig, hospitals: Sequence[Hospital], *, seed: int, done: int, fast: bool, started: float
+    config: RunConfig,
+    hospitals: Sequence[Hospital],
+    members: Sequence[Node],
+    *,
+    seed: int,
+    done: int,
+    fast: bool,
+    started: float,
 ) -> dict[str, Any]:
     """The three walks and the evaluation, as the report takes them."""
     evaluation = Evaluation(
         seeds=range(seed, seed + (FAST_SEEDS if fast else SEEDS)), epsilons=EPSILONS, rounds=config.rounds
     )
     with progress() as display, stop_between_steps() as check:
-        headline = _train(config, hospitals, display, done, check)
+        headline = _train(config, hospitals, members, display, done, check)
         with start_server(Path(config.out)) as wait_for_url:
             _evaluate(evaluation, display, check)
             local = _predict_locally(Path(config.out), hospitals)
@@ -102,15 +113,20 @@ def _walk(
 
 
 def _train(
-    config: RunConfig, hospitals: Sequence[Hospital], display: Progress, done: int, check: Callable[[], None]
+    config: RunConfig,
+    hospitals: Sequence[Hospital],
+    members: Sequence[Node],
+    display: Progress,
+    done: int,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     started = time.monotonic()
-    nodes = [hospital.node for hospital in hospitals]
+    nodes = [hospital.node | member for hospital, member in zip(hospitals, members, strict=True)]
     title = f"training together, ε = {config.epsilon:g}"
     context = run_rounds(config, nodes, display, title, done=done, between=check)
     result = run_result(context)
     plan = config.plan
-    assert plan is not None
+    assert isinstance(plan, DistributedPlan)
     rounds = result["rounds"]
     sent = {key: sum(record[key] for record in rounds) / len(hospitals) for key in ("bytes_up", "bytes_down")}
     return {
@@ -119,7 +135,10 @@ def _train(
         "delta": plan.delta,
         "unit": "patient",
         "relation": "add or remove one patient",
-        "adversary": "whoever sees every release of a hospital, the server included",
+        "adversary": f"the server, which sees every sum, together with {plan.colluders} of the hospitals",
+        "min_honest": plan.min_honest,
+        "overshoot": max(record["overshoot"] for record in rounds),
+        "bits": plan.bits,
         "sampling_rate": plan.sampling_rate,
         "noise_multiplier": plan.noise_multiplier,
         "clip_norm": plan.clip_norm,

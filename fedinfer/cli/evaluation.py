@@ -22,8 +22,8 @@ from scipy.special import expit
 from scipy.stats import t as student_t
 
 from fedinfer.arrays import unflatten
+from fedinfer.cli.federation import Node
 from fedinfer.cli.parts import part
-from fedinfer.cli.train import Node
 from fedinfer.data import Row, Table, encode, heart_rows, heart_schema, stratified_quarters
 from fedinfer.inference import unsafe_accuracy, unsafe_auc
 from fedinfer.models import build

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from fedinfer.cli.console import note
 from fedinfer.cli.evaluation import write_rows
+from fedinfer.cli.federation import Node
 from fedinfer.cli.parts import part
-from fedinfer.cli.train import Node, check_ledgers, make_ledgers
+from fedinfer.cli.train import check_ledgers, make_ledgers
 from fedinfer.data import Row, heart_rows, stratified_quarters
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.errors import CheckpointError, PrivacyError

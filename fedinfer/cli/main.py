@@ -145,6 +145,15 @@ def train(
     insecure_seeded_noise: Annotated[
         str, typer.Option(help="Repeatable noise from this text, for exact comparisons: ε is void.")
     ] = "",
+    secure_sum: Annotated[
+        bool | None,
+        typer.Option(
+            "--secure-sum/--no-secure-sum",
+            help="Clients add shares of one noise under masks, and the server sees only totals. "
+            "On for three or more clients; without it each adds all of the noise itself.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train one model over many clients' CSV files under differential privacy, in this process."""
@@ -164,6 +173,7 @@ def train(
         resume=resume,
         unsafe_no_privacy=unsafe_no_privacy,
         insecure_seed=insecure_seeded_noise,
+        secure_sum=secure_sum,
         as_json=json,
     )
 

@@ -2,6 +2,8 @@
 
 import json
 import secrets
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import numpy as np
 
 from fedinfer.cli.console import note, show_json, show_table
 from fedinfer.cli.console import out as screen
+from fedinfer.cli.federation import LEAST_MEMBERS, Node, enlist
 from fedinfer.cli.files import client_files, say_clamped
 from fedinfer.cli.local import open_model
 from fedinfer.cli.parts import part
-from fedinfer.cli.train import Node, make_ledgers
+from fedinfer.cli.train import make_ledgers
 from fedinfer.data import heart_schema, read_schema, read_table
 from fedinfer.errors import BadInput, BadUsage
 from fedinfer.inference import unsafe_accuracy, unsafe_auc
@@ -44,14 +47,18 @@ def measure_model(
         say_clamped(str(path), read_table(path, schema))
         nodes.append({"data": str(path), "schema": config.schema, "ledger": str(path.with_suffix(".ledger"))})
     ledgers = [Path(str(node["ledger"])) for node in nodes]
-    for path in ledgers:
-        if path.exists():
-            with PrivacyLedger.open(path) as ledger:
-                ledger.check(run=config.run, plan=config.evaluation)
-    for path in make_ledgers(config, ledgers):
-        note(f"{path}: no ledger yet, enrolled with a budget of ε = {epsilon:g}, δ = {delta:g}")
-    flat = {**config.to_flat(), "min-devices": len(nodes)}
-    context = run_in_process(part("server.app").app, part("clients.app").app, nodes=nodes, run_config=flat)
+    config = replace(config, min_devices=len(nodes))
+    with tempfile.TemporaryDirectory(prefix="fedinfer-members-") as place:
+        if len(nodes) >= LEAST_MEMBERS:
+            config, nodes = enlist(config, nodes, Path(place))
+        for path in ledgers:
+            if path.exists():
+                with PrivacyLedger.open(path) as ledger:
+                    ledger.check(run=config.run, plan=config.evaluation)
+        for path in make_ledgers(config, ledgers):
+            note(f"{path}: no ledger yet, enrolled with a budget of ε = {epsilon:g}, δ = {delta:g}")
+        flat = config.to_flat()
+        context = run_in_process(part("server.app").app, part("clients.app").app, nodes=nodes, run_config=flat)
     result = json.loads(str(context.state.config_records["evaluation"]["json"]))
     if as_json:
         show_json(result)

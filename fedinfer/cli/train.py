@@ -2,7 +2,8 @@
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import Progress
 
 from fedinfer.cli.console import note, progress, show_json
 from fedinfer.cli.console import out as screen
+from fedinfer.cli.federation import LEAST_MEMBERS, Node, enlist
 from fedinfer.cli.files import client_files, say_clamped
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
@@ -19,11 +21,9 @@ from fedinfer.cli.stopping import stop_between_steps, way_on
 from fedinfer.data import Schema, Table, read_table
 from fedinfer.errors import BadInput, BadUsage, CheckpointError, ModelFileError
 from fedinfer.models import load
-from fedinfer.privacy import PrivacyLedger
+from fedinfer.privacy import DistributedPlan, PrivacyLedger, PrivacyPlan
 from fedinfer.settings import BUNDLED_SCHEMA, RunConfig
 from fedinfer.simulation import run_in_process
-
-Node = dict[str, bool | float | int | str]
 
 
 def train_model(
@@ -41,9 +41,13 @@ def train_model(
     resume: bool,
     unsafe_no_privacy: bool,
     insecure_seed: str,
+    secure_sum: bool | None,
     as_json: bool,
 ) -> None:
-    """Check everything first, then train; a refusal leaves ledgers and files as they were."""
+    """Check everything first, then train; a refusal leaves ledgers and files as they were.
+
+    By default (`secure_sum` None) three or more clients with a plan add up in secure sums.
+    """
     check_rounds(rounds)
     if (folder is None) == (data == ""):
         raise BadUsage(f"data: got {'neither' if folder is None else 'both'} DIR and --data, expected one of them")
@@ -76,21 +80,39 @@ def train_model(
     for index, node in enumerate(nodes):
         if insecure_seed:
             node["insecure-seeded-noise"] = f"{insecure_seed}/{index}"
-    run, done = _run_and_round(config)
-    config = replace(config, run=run, min_devices=len(nodes))
-    ledgers = [Path(str(node["ledger"])) for node in nodes if "ledger" in node]
-    check_ledgers(config, ledgers, releases=config.rounds - done)
-    # A folder that cannot be made must fail before a ledger is charged.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path in make_ledgers(config, ledgers):
-        note(f"{path}: no ledger yet, enrolled with a budget of ε = {config.epsilon:g}, δ = {config.delta:g}")
-    with progress() as display, stop_between_steps() as check:
-        try:
-            context = run_rounds(config, nodes, display, "training", done=done, between=check)
-        except KeyboardInterrupt:
-            note(way_on(config, "the same command with --resume"))
-            raise
+    config = replace(config, min_devices=len(nodes))
+    with tempfile.TemporaryDirectory(prefix="fedinfer-members-") as place:
+        if _in_secure_sums(secure_sum, len(nodes), protected=not unsafe_no_privacy):
+            config, nodes = enlist(config, nodes, Path(place))
+        run, done = _run_and_round(config)
+        config = replace(config, run=run)
+        ledgers = [Path(str(node["ledger"])) for node in nodes if "ledger" in node]
+        check_ledgers(config, ledgers, releases=config.rounds - done)
+        # A folder that cannot be made must fail before a ledger is charged.
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path in make_ledgers(config, ledgers):
+            note(f"{path}: no ledger yet, enrolled with a budget of ε = {config.epsilon:g}, δ = {config.delta:g}")
+        with progress() as display, stop_between_steps() as check:
+            try:
+                context = run_rounds(config, nodes, display, "training", done=done, between=check)
+            except KeyboardInterrupt:
+                note(way_on(config, "the same command with --resume"))
+                raise
     _report(config, context, len(nodes), as_json=as_json)
+
+
+def _in_secure_sums(asked: bool | None, clients: int, *, protected: bool) -> bool:
+    """Whether clients add up in secure sums.
+
+    Raises: BadUsage if they were asked to and cannot.
+    """
+    possible = clients >= LEAST_MEMBERS and protected
+    if asked and not possible:
+        raise BadUsage(
+            f"--secure-sum: got {clients} clients{'' if protected else ' without privacy'}, expected a plan and at "
+            f"least {LEAST_MEMBERS} clients; fewer cannot hide one among others"
+        )
+    return possible if asked is None else asked
 
 
 def file_nodes(folder: Path, schema: Schema, schema_path: str, *, public: bool) -> list[Node]:
@@ -145,7 +167,8 @@ def run_rounds(
         part("clients.app").app,
         nodes=nodes,
         run_config=config.to_flat(),
-        progress=lambda _round, _node: display.advance(task),
+        # A secure sum has other waves besides the one that is named by its round.
+        progress=lambda group, _node: display.advance(task) if group.isdigit() else None,
         between=between,
     )
 
@@ -192,13 +215,28 @@ def _report(config: RunConfig, context: Context, clients: int, *, as_json: bool)
                 "epsilon": epsilon,
                 "delta": config.delta if protected else None,
                 "epsilon_void": not protected,
-                "unit": "example",
+                "unit": config.unit,
+                "plan": config.plan.to_json() if config.plan is not None else None,
                 **result,
             }
         )
         return
     if config.plan is not None and protected:
-        promise = f"ε = {config.plan.epsilon():.4g} at δ = {config.delta:g} for each row of each client"
+        unit = "each row of each client" if config.unit == "example" else "each whole client"
+        promise = f"ε = {config.plan.epsilon():.4g} at δ = {config.delta:g} for {unit}"
     else:
         promise = "no privacy: ε is void"
     screen.print(f"{config.out}: {len(result['rounds'])} rounds over {clients} clients, {promise}")
+    if config.plan is not None and protected:
+        screen.print(how_noised(config.plan, result["rounds"]))
+
+
+def how_noised(plan: PrivacyPlan | DistributedPlan, rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Who adds the noise and who is assumed to work with the server, in one line."""
+    if isinstance(plan, PrivacyPlan):
+        return "each client adds all of its own noise; the server sees each client's release"
+    most = max(record["overshoot"] for record in rounds) if rounds else 1.0
+    return (
+        f"secure sums: the server sees totals; {plan.min_honest} clients' shares of the noise are counted on, "
+        f"{plan.colluders} may work with the server; there was up to {most:.3g} times the noise variance accounted for"
+    )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedinfer.privacy.matrix import MatrixPlan, Participation
     from fedinfer.privacy.noise import NoiseStream, insecure_seeded_noise, os_noise
     from fedinfer.privacy.plan import PrivacyPlan
+    from fedinfer.privacy.plans import plan_from_json
     from fedinfer.privacy.releases import CountRelease, HistogramRelease, ScalarRelease
     from fedinfer.privacy.samplers import Cyclic, FixedSize, Poisson
     from fedinfer.privacy.tuning import Tuned
@@ -51,6 +52,7 @@ HOMES = {
     "discrete_laplace": "discrete",
     "insecure_seeded_noise": "noise",
     "os_noise": "noise",
+    "plan_from_json": "plans",
 }
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "discrete_laplace",
     "insecure_seeded_noise",
     "os_noise",
+    "plan_from_json",
 ]
 
 

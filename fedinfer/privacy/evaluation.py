@@ -37,6 +37,8 @@ from fedinfer.privacy.noise import NoiseStream
 Floats = NDArray[np.floating[Any]]
 LOSS_WEIGHT = 0.5
 MAX_BINS = 1024
+# Shares of a millionth of the noise still have a thousand cells.
+MAX_HONEST = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ class Evaluation:
 class EvaluationRelease:
     """`steps` noised vectors (2 bins + 1,) of a model's scores on rows: by label and bin, and the sum of losses.
 
+    With `min_honest` above 1 a device adds a share of the noise only, and the sum of at least as many is what is
+    private: such counts need a secure sum. `sigma` is the noise of `min_honest` shares. (A sum of m discrete Gaussians
+    of s cells is one of s sqrt(m) but for a factor of 10 m exp(-pi^2 s^2) of 1: nothing at these s. Kairouz et al.
+    2021, arXiv:2102.06387, theorem 9.)
+
     A score of 0.5 or more counts as a positive answer; `bins` is even, so that 0.5 is an edge.
 
     Guarantees: `steps` calls of `counts` are (epsilon(), delta)-differentially private.
@@ -75,8 +82,11 @@ class EvaluationRelease:
     sigma: float
     delta: float
     steps: int = 1
+    min_honest: int = 1
 
     def __post_init__(self) -> None:
+        if type(self.min_honest) is not int or not 1 <= self.min_honest <= MAX_HONEST:
+            raise BadUsage(f"honest devices: got {self.min_honest}, expected a whole number from 1 to {MAX_HONEST}")
         if type(self.bins) is not int or not 2 <= self.bins <= MAX_BINS or self.bins % 2:
             raise BadUsage(f"bins: got {self.bins}, expected an even number from 2 to {MAX_BINS}")
         check_positive("loss bound", self.loss_bound)
@@ -84,12 +94,21 @@ class EvaluationRelease:
         check_releases(steps=self.steps, delta=self.delta)
 
     @classmethod
-    def calibrate(cls, *, epsilon: float, delta: float, bins: int = 20, loss_bound: float, steps: int = 1) -> Self:
+    def calibrate(
+        cls,
+        *,
+        epsilon: float,
+        delta: float,
+        bins: int = 20,
+        loss_bound: float,
+        steps: int = 1,
+        min_honest: int = 1,
+    ) -> Self:
         """The least noise whose ε is at most `epsilon`, met from below to 1e-4.
 
         Raises: BadUsage for an argument that cannot be.
         """
-        draft = cls(bins=bins, loss_bound=loss_bound, sigma=MOST_SIGMA, delta=delta, steps=steps)
+        draft = cls(bins=bins, loss_bound=loss_bound, sigma=MOST_SIGMA, delta=delta, steps=steps, min_honest=min_honest)
         return replace(draft, sigma=least_sigma(lambda sigma: replace(draft, sigma=sigma).epsilon(), epsilon))
 
     @classmethod
@@ -128,16 +147,16 @@ class EvaluationRelease:
         finite = np.where(np.isfinite(losses), losses, self.loss_bound).astype(np.float64)
         shares = np.clip(finite / self.loss_bound, 0.0, 1.0) * (LOSS_WEIGHT * CELLS)
         vector = np.append(cells, np.rint(shares).astype(np.int64).sum())
-        return add_on_grid(vector, sigma=self.sigma, stream=stream)
+        return add_on_grid(vector, sigma=self.sigma, shares=self.min_honest, stream=stream)
 
     def summarise(self, total: Integers, *, releases: int = 1) -> Evaluation:
-        """What the sum (2 bins + 1,) of `releases` vectors says.
+        """What the sum (2 bins + 1,) of `releases` vectors says, each with its own noise or share of it.
 
         Raises: ShapeMismatch if it is no such vector.
         """
         if total.shape != (2 * self.bins + 1,):
             raise ShapeMismatch(got=total.shape, expected=f"({2 * self.bins + 1},)", what="sum of evaluations")
-        error = self.sigma * math.sqrt(releases)
+        error = self.sigma * math.sqrt(releases / self.min_honest)
         values = total.astype(np.float64) / CELLS
         negative, positive, losses = values[: self.bins], values[self.bins : -1], float(values[-1]) / LOSS_WEIGHT
         half = self.bins // 2

@@ -148,9 +148,9 @@ def _sum_law(sigma: float, steps: int) -> NDArray[np.float64]:
     return np.asarray(law)
 
 
-def add_on_grid(cells: Integers, *, sigma: float, stream: NoiseStream) -> Integers:
-    """Add discrete Gaussian noise of `sigma` units to numbers in cells."""
-    return cells + discrete_gaussian(stream, variance=(Fraction(sigma) * CELLS) ** 2, count=len(cells))
+def add_on_grid(cells: Integers, *, sigma: float, stream: NoiseStream, shares: int = 1) -> Integers:
+    """Add discrete Gaussian noise to numbers in cells: of `sigma` units together with that of `shares` - 1 others."""
+    return cells + discrete_gaussian(stream, variance=(Fraction(sigma) * CELLS) ** 2 / shares, count=len(cells))
 
 
 def fine_epsilon(*, mu: float, sigma: float, delta: float, coordinates: int = 1) -> float:

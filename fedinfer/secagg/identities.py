@@ -164,7 +164,8 @@ class PkiFile:
             raise BadInput(f"PKI file {path}: got a file of another kind, expected {FORMAT}") from None
         return cls(names=names, keys=keys)
 
-    def _write(self, path: Path) -> None:
+    def save(self, path: Path) -> None:
+        """Write the file to `path`, whole or not at all; what was there is replaced."""
         members = [{"name": name, "key": key.hex()} for name, key in zip(self.names, self.keys, strict=True)]
         text = json.dumps({"format": FORMAT, "members": members}, indent=1)
         replace_file(path, text.encode() + b"\n", mode=0o644)
@@ -178,7 +179,7 @@ def init(path: Path) -> PkiFile:
     if path.exists():
         raise BadInput(f"PKI file {path}: got a file already; move it away first")
     empty = PkiFile(names=(), keys=())
-    empty._write(path)
+    empty.save(path)
     return empty
 
 
@@ -189,7 +190,7 @@ def add(path: Path, name: str, key: bytes) -> PkiFile:
     """
     old = PkiFile._parse(path)
     new = PkiFile(names=(*old.names, name), keys=(*old.keys, key))
-    new._write(path)
+    new.save(path)
     return new
 
 

@@ -26,21 +26,24 @@ MAX_LENGTH = 1 << 28
 class SumSpec:
     """What is summed: vectors of `length` integers from 0 to `bound`, modulo 2^bits.
 
-    Guarantees: the sum of as many vectors as `check_clients` accepts is exact: nothing wraps.
+    Without a bound they are residues: whoever makes them sees to it that what they stand for fits (a noised vector
+    has no bound that always holds: `fedinfer.privacy.distributed` makes it hold but for 2^-40).
+
+    Guarantees: with a bound, the sum of as many vectors as `check_clients` accepts is exact: nothing wraps.
     """
 
     length: int
     bits: int
-    bound: int
+    bound: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, low, high in (
-            ("length", self.length, 1, MAX_LENGTH),
-            ("bits", self.bits, 1, 64),
-            ("bound", self.bound, 1, 2**self.bits - 1 if type(self.bits) is int and 1 <= self.bits <= 64 else 1),
-        ):
-            if type(value) is not int or not low <= value <= high:
-                raise BadUsage(f"{name}: got {value}, expected a whole number from {low} to {high}")
+        bounds = [("length", self.length, MAX_LENGTH), ("bits", self.bits, 64)]
+        if self.bound is not None:
+            largest = 2**self.bits - 1 if type(self.bits) is int and 1 <= self.bits <= 64 else 1
+            bounds.append(("bound", self.bound, largest))
+        for name, value, high in bounds:
+            if type(value) is not int or not 1 <= value <= high:
+                raise BadUsage(f"{name}: got {value}, expected a whole number from 1 to {high}")
 
     @property
     def word(self) -> np.dtype[np.unsignedinteger[Any]]:
@@ -53,8 +56,8 @@ class SumSpec:
         return (self.bits + 7) // 8
 
     def check_clients(self, clients: int) -> None:
-        """Raises: BadUsage if the sum of `clients` vectors could wrap."""
-        if clients * self.bound >= 2**self.bits:
+        """Raises: BadUsage if the sum of `clients` vectors could pass the modulus by their bound."""
+        if self.bound is not None and clients * self.bound >= 2**self.bits:
             raise BadUsage(
                 f"modulus: got 2^{self.bits} for {clients} clients with values up to {self.bound}, expected more; "
                 f"take {(clients * self.bound).bit_length()} bits"
@@ -66,12 +69,13 @@ class SumSpec:
             raise ShapeMismatch(got=vector.shape, expected=(self.length,), what="vector")
         if vector.dtype != self.word:
             raise BadUsage(f"vector: got {vector.dtype}, expected {self.word} for {self.bits} bits")
-        if int(vector.max()) > self.bound:
-            raise BadUsage(f"vector: got a value above {self.bound}, expected 0 to {self.bound}; clip before the sum")
+        most = 2**self.bits - 1 if self.bound is None else self.bound
+        if int(vector.max()) > most:
+            raise BadUsage(f"vector: got a value above {most}, expected 0 to {most}; clip before the sum")
 
     def digest(self) -> bytes:
         """What a round's context holds of this."""
-        return transcript("sum", self.length, self.bits, self.bound)
+        return transcript("sum", self.length, self.bits, 0 if self.bound is None else self.bound)
 
     def reduce(self, words: Words) -> None:
         """Bring `words` to 0..2^bits - 1, in place."""

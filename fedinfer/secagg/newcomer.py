@@ -20,6 +20,7 @@ from fedinfer.secagg.setup_messages import (
     opening_said,
 )
 from fedinfer.secagg.shamir import SECRET_BYTES, Entropy
+from fedinfer.secagg.suspended import HeldNewcomer
 
 
 class Newcomer:
@@ -32,14 +33,22 @@ class Newcomer:
     """
 
     def __init__(
-        self, *, identity: Identity, pki: PkiFile, policy: Policy, run: bytes, entropy: Entropy = os.urandom
+        self,
+        *,
+        identity: Identity,
+        pki: PkiFile,
+        policy: Policy,
+        run: bytes,
+        entropy: Entropy = os.urandom,
+        held: HeldNewcomer | None = None,
+        roster: Roster | None = None,
     ) -> None:
         self.member = pki.number(identity.public)
         self._identity, self._pki, self._policy, self._run, self._entropy = identity, pki, policy, run, entropy
-        self._channel = KeyPair.of(entropy(SECRET_BYTES))
-        self._nonce = entropy(NONCE_BYTES)
+        self._channel = KeyPair.of(held.channel if held else entropy(SECRET_BYTES))
+        self._nonce = held.nonce if held else entropy(NONCE_BYTES)
         self._commit = self._new_commit()
-        self._roster: Roster | None = None
+        self._roster = roster
         self._entered = False
         self._alone = Alone()
 
@@ -92,6 +101,15 @@ class Newcomer:
         return Participant(
             session=session, member=self.member, identity=self._identity, to=to, back=back, entropy=self._entropy
         )
+
+    def suspend(self) -> HeldNewcomer:
+        """This newcomer's secrets, to go on elsewhere with `held`, and with the roster it opened for if it did.
+
+        This one is over. Used twice, they would open for two rosters: see `fedinfer.secagg.suspended`.
+        """
+        with self._alone():
+            self._alone.end()
+            return HeldNewcomer(channel=self._channel.private.private_bytes_raw(), nonce=self._nonce)
 
     def _new_commit(self) -> Commit:
         policy = self._policy.digest()

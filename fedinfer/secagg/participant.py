@@ -8,7 +8,8 @@ only advances. Nothing here is taken from the server that could be checked, and 
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 from fedinfer.errors import BadUsage, ProtocolViolation
 from fedinfer.secagg.alone import Alone
@@ -35,6 +36,7 @@ from fedinfer.secagg.round_messages import (
 )
 from fedinfer.secagg.session import Session
 from fedinfer.secagg.shamir import SECRET_BYTES, SHARE_BYTES, Entropy, check_share, split
+from fedinfer.secagg.suspended import HeldOwn, HeldParticipant, HeldRound
 from fedinfer.secagg.transcripts import DIGEST_BYTES
 
 
@@ -55,7 +57,7 @@ class _Round:
     active: Members
     seeds: Mapping[int, bytes] = field(repr=False)
     keys: Mapping[int, bytes] = field(repr=False)
-    survivors: Members | None = None
+    survivors: Members = ()
 
 
 class Participant:
@@ -91,6 +93,48 @@ class Participant:
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a participant holds secrets and is not copied")
 
+    @classmethod
+    def resume(
+        cls,
+        held: HeldParticipant,
+        *,
+        session: Session,
+        member: int,
+        identity: Identity,
+        entropy: Entropy = os.urandom,
+    ) -> Self:
+        """The participant that `suspend` left, in the session it was in."""
+        to, back = Chains(round=held.to_round, keys=held.to), Chains(round=held.back_round, keys=held.back)
+        found = cls(session=session, member=member, identity=identity, to=to, back=back, entropy=entropy)
+        found._own = {own.round: _Own(key=KeyPair.of(own.secret), seed=own.seed) for own in held.own}
+        for round in held.rounds:
+            found._round = _Round(**{field.name: getattr(round, field.name) for field in fields(_Round)})
+        return found
+
+    def suspend(self) -> HeldParticipant:
+        """This participant's secrets, to go on elsewhere by `resume`. This one is over.
+
+        Used twice, they would answer twice: see `fedinfer.secagg.suspended`.
+        """
+        with self._alone():
+            self._alone.end()
+            own = tuple(
+                HeldOwn(round=round, secret=secrets.key.private.private_bytes_raw(), seed=secrets.seed)
+                for round, secrets in self._own.items()
+            )
+            open_now = [] if self._round is None else [self._round]
+            return HeldParticipant(
+                to_round=self._to.round,
+                to=self._to.keys,
+                back_round=self._back.round,
+                back=self._back.keys,
+                own=own,
+                rounds=tuple(
+                    HeldRound(**{field.name: getattr(round, field.name) for field in fields(_Round)})
+                    for round in open_now
+                ),
+            )
+
     def offer(self, round: int) -> Offer:
         """Fresh secrets for `round`, shared among the neighbours.
 
@@ -124,6 +168,11 @@ class Participant:
                 signature=self._identity.sign(offer_said(header=header, boxes=boxes)),
             )
 
+    def check(self, inbox: Inbox, *, spec: SumSpec, model: bytes) -> None:
+        """Raises: what `masked` would raise, whatever the vector: to be asked before a vector is made or paid for."""
+        with self._alone():
+            self._checked(inbox, spec=spec, model=model)
+
     def masked(self, inbox: Inbox, vector: Words, *, spec: SumSpec, model: bytes) -> Masked:
         """`vector` (length,) under the masks of this round; `model` is the digest of what it was computed from.
 
@@ -134,22 +183,9 @@ class Participant:
         """
         with self._alone():
             session, number = self.session, inbox.round
-            own = self._own.get(number)
-            if inbox.session != session.id or own is None:
-                raise ProtocolViolation(f"round {number}: got it out of turn, expected one that was offered, once")
-            if len(model) != DIGEST_BYTES:
-                raise BadUsage(f"model digest: got {len(model)} bytes, expected {DIGEST_BYTES}")
-            spec.check_clients(session.parameters.clients)
+            own, back, round = self._checked(inbox, spec=spec, model=model)
             words = vector.copy()
             spec.check_vector(words)
-            back = self._back.at(number)
-            round = self._read_inbox(
-                inbox,
-                back,
-                context=context_of(
-                    session=session.id, round=number, model=model, spec=spec.digest(), active=inbox.active
-                ),
-            )
             for delivery in inbox.deliveries:
                 pair = (self.member, delivery.sender)
                 seed = mask_seed(own.key, delivery.mask_key, context=round.context, pair=pair)
@@ -178,7 +214,7 @@ class Participant:
         with self._alone():
             session = self.session
             round = self._current(shown.session, shown.round)
-            if round.survivors is not None:
+            if round.survivors:
                 raise ProtocolViolation(f"survivors of round {round.number}: got a second list, expected one")
             session.check_enough("survivors", shown.survivors)
             if self.member not in shown.survivors or not set(shown.survivors) <= set(round.active):
@@ -201,7 +237,7 @@ class Participant:
         with self._alone():
             session = self.session
             round = self._current(quorum.session, quorum.round)
-            if round.survivors is None:
+            if not round.survivors:
                 raise ProtocolViolation(f"quorum of round {round.number}: got it before a survivor list")
             survivors = set(round.survivors)
             if len(quorum.signatures) < session.parameters.quorum or not set(quorum.signatures) <= survivors:
@@ -224,6 +260,18 @@ class Participant:
                 keys=keys,
                 signature=self._identity.sign(said),
             )
+
+    def _checked(self, inbox: Inbox, *, spec: SumSpec, model: bytes) -> tuple[_Own, Chains, _Round]:
+        session, number = self.session, inbox.round
+        own = self._own.get(number)
+        if inbox.session != session.id or own is None:
+            raise ProtocolViolation(f"round {number}: got it out of turn, expected one that was offered, once")
+        if len(model) != DIGEST_BYTES:
+            raise BadUsage(f"model digest: got {len(model)} bytes, expected {DIGEST_BYTES}")
+        spec.check_clients(session.parameters.clients)
+        back = self._back.at(number)
+        context = context_of(session=session.id, round=number, model=model, spec=spec.digest(), active=inbox.active)
+        return own, back, self._read_inbox(inbox, back, context=context)
 
     def _read_inbox(self, inbox: Inbox, back: Chains, *, context: bytes) -> _Round:
         """The round, with the shares of each neighbour in it."""

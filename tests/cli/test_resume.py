@@ -14,7 +14,7 @@ from clients.app import app as client_app
 from fedinfer.cli.hospitals import resume_or_start
 from fedinfer.errors import RoundFailed
 from fedinfer.models import load
-from fedinfer.privacy import PrivacyLedger, PrivacyPlan
+from fedinfer.privacy import PrivacyLedger, plan_from_json
 from fedinfer.settings import RunConfig
 from fedinfer.simulation import run_in_process
 from server.app import app as server_app
@@ -138,7 +138,7 @@ def use_up(ledger: Path, releases: int) -> None:
     """What rounds that were killed and repeated leave."""
     with PrivacyLedger.open(ledger) as book:
         (charged,) = book.summary().runs
-        plan = PrivacyPlan.from_json(charged.plan)
+        plan = plan_from_json(charged.plan)
         for _ in range(releases):
             book.reserve(run=charged.run, round=1, plan=plan)
 

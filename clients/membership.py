@@ -1,0 +1,157 @@
+"""A device's place in secure sums: who it is, whom it trusts, its own policy, and where each session stands.
+
+Each method is one message of the protocol (`fedinfer/secagg`): it takes the place of the session, does the one step,
+and puts it back. Only public messages go out.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedinfer.errors import BadUsage, ProtocolViolation
+from fedinfer.secagg import Identity, Newcomer, Participant, PkiFile, Policy
+from fedinfer.secagg.codec import from_bytes, to_bytes
+from fedinfer.secagg.round_messages import Endorsement, Offer, Quorum, Reveal, Survivors
+from fedinfer.secagg.setup_messages import MAX_RUN_BYTES, Commit, Opening, Roster
+from fedinfer.secagg.suspended import Held, HeldNewcomer, openings_of, roster_of, session_of
+
+from .sessions import FolderSessions, MemorySessions, Sessions
+
+MAX_HELD_BYTES = 1 << 30
+IN_MEMORY = ":memory:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MembershipConfig:
+    """Where a device finds its identity and the PKI file, whose digest it pins; and its policy.
+
+    `sessions` is the folder of its places, ":memory:" for a process that stays; beside the identity by default.
+    """
+
+    pki: Path
+    pki_digest: str
+    identity: Path
+    sessions: str = ""
+    policy: Policy
+
+    def open(self) -> "Membership":
+        """Read both files.
+
+        Raises: BadInput if one cannot be used, or the PKI file is not the pinned one; BadUsage if it does not name
+            this device.
+        """
+        identity, pki = Identity.load(self.identity), PkiFile.read(self.pki, pinned=self.pki_digest)
+        pki.number(identity.public)
+        folder = Path(self.sessions) if self.sessions else self.identity.with_name(self.identity.name + ".sessions")
+        places: Sessions = MemorySessions() if self.sessions == IN_MEMORY else FolderSessions(folder)
+        return Membership(identity=identity, pki=pki, policy=self.policy, sessions=places)
+
+
+class Membership:
+    """One member of one PKI file, in a session for each run.
+
+    Guarantees: those of `Newcomer` and `Participant`, over processes that come and go.
+    """
+
+    def __init__(self, *, identity: Identity, pki: PkiFile, policy: Policy, sessions: Sessions) -> None:
+        self._identity, self._pki, self._policy, self._sessions = identity, pki, policy, sessions
+        self._member = pki.number(identity.public)
+
+    def __repr__(self) -> str:
+        return f"Membership(member={self._member})"
+
+    def offer(self, run: str) -> Commit:
+        """Begin a session in `run`; one that was there before is over."""
+        self._sessions.count_set_up()
+        newcomer = self._newcomer(run, held=None, roster=None)
+        commit = newcomer.commit()
+        self._put(run, Held(roster=b"", openings=b"", newcomers=(newcomer.suspend(),)))
+        return commit
+
+    def open(self, run: str, roster: bytes) -> Opening:
+        """This member's randomness, for the roster of this frame and no other."""
+        with self._place(run) as place:
+            newcomer = self._newcomer(run, held=place.newcomer(), roster=place.roster())
+            opening = newcomer.open(roster_of(roster))
+            place.held = replace(place.held, roster=roster)
+            return opening
+
+    def share(self, run: str, openings: bytes | None, round: int) -> Offer:
+        """Enter the session of these openings and offer for `round`; without openings, offer for a later round."""
+        if openings is None:
+            with self.participant(run) as participant:
+                return participant.offer(round)
+        with self._place(run) as place:
+            newcomer = self._newcomer(run, held=place.newcomer(), roster=place.roster())
+            participant = newcomer.enter(openings_of(openings))
+            made = participant.offer(round)
+            place.held = Held(roster=place.held.roster, openings=openings, participants=(participant.suspend(),))
+            return made
+
+    def sign(self, run: str, survivors: Survivors) -> Endorsement:
+        """A signature under the survivors of a round."""
+        with self.participant(run) as participant:
+            return participant.endorse(survivors)
+
+    def reveal(self, run: str, quorum: Quorum) -> Reveal:
+        """The shares that a quorum asks for."""
+        with self.participant(run) as participant:
+            return participant.reveal(quorum)
+
+    @contextmanager
+    def participant(self, run: str) -> Iterator[Participant]:
+        """The participant of `run`, put back as it is afterwards, whatever happened; a crash leaves none.
+
+        Raises: ProtocolViolation if this device is in no session of this run.
+        """
+        with self._place(run) as place:
+            held = place.held
+            if not held.participants:
+                raise ProtocolViolation(f"run {run!r}: got a step of a round, expected the set-up to go on")
+            session = session_of(held.roster, held.openings, pki=self._pki, policy=self._policy, run=_named(run))
+            (state,) = held.participants
+            participant = Participant.resume(state, session=session, member=self._member, identity=self._identity)
+            try:
+                yield participant
+            finally:
+                place.held = replace(held, participants=(participant.suspend(),))
+
+    def _newcomer(self, run: str, *, held: HeldNewcomer | None, roster: Roster | None) -> Newcomer:
+        return Newcomer(
+            identity=self._identity, pki=self._pki, policy=self._policy, run=_named(run), held=held, roster=roster
+        )
+
+    @contextmanager
+    def _place(self, run: str) -> Iterator["_Place"]:
+        """The place of `run`, taken and put back; a step that is refused changes nothing."""
+        place = _Place(run, from_bytes(Held, self._sessions.take(run), max_bytes=MAX_HELD_BYTES))
+        try:
+            yield place
+        finally:
+            self._put(run, place.held)
+
+    def _put(self, run: str, held: Held) -> None:
+        self._sessions.put(run, to_bytes(held))
+
+
+class _Place:
+    """What is held of one run, between taking and putting back."""
+
+    def __init__(self, run: str, held: Held) -> None:
+        self._run, self.held = run, held
+
+    def newcomer(self) -> HeldNewcomer:
+        if not self.held.newcomers:
+            raise ProtocolViolation(f"run {self._run!r}: got a step of the set-up out of turn, expected one of a round")
+        return self.held.newcomers[0]
+
+    def roster(self) -> Roster | None:
+        return roster_of(self.held.roster) if self.held.roster else None
+
+
+def _named(run: str) -> bytes:
+    name = run.encode()
+    if not 1 <= len(name) <= MAX_RUN_BYTES:
+        raise BadUsage(f"run: got a name of {len(name)} bytes, expected 1 to {MAX_RUN_BYTES}")
+    return name
