@@ -171,7 +171,7 @@ class DistributedPlan:
         colluders: int,
         bits: int = 24,
     ) -> Self:
-        """The plan with the least noise whose ε is at most `epsilon`, met from below to 1e-4.
+        """The plan with the least noise whose ε is at most `epsilon`: met from below to 1e-4, on a grid fine enough.
 
         Raises: BadUsage for an argument that cannot be, and where the modulus is too small for `epsilon`.
         """
@@ -285,11 +285,14 @@ class DistributedPlan:
         return self._epsilon(self.steps if steps is None else steps, self._grid)
 
     def rdp(self, order: float) -> float:
-        """Rényi divergence at `order` of the whole plan."""
+        """Rényi divergence at `order` of the whole plan; under sampling that at the next whole order.
+
+        It grows with the order, and what is known of sampled Gaussians at fractions is looser than that.
+        """
         noise = self._grid.noise_multiplier(self._grid.sure_sensitivity)
-        divergence = poisson_rdp(
-            noise_multiplier=noise, sampling_rate=self.sampling_rate, steps=self.steps, order=order
-        )
+        rate = self.sampling_rate
+        at = order if rate == 1.0 else math.ceil(order)
+        divergence = poisson_rdp(noise_multiplier=noise, sampling_rate=rate, steps=self.steps, order=at)
         return divergence + self._slack * (2.0 * order - 1.0) / (order - 1.0)
 
     def gdp(self) -> float | None:

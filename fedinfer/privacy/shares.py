@@ -42,9 +42,22 @@ def slack(*, share_variance: float, shares: int, coordinates: int) -> float:
     """
     if share_variance < LEAST_SHARE:
         return math.inf
+    return coordinates * (sums_apart(share_variance, shares) + rounding_apart(ROUNDING))
+
+
+def sums_apart(share_variance: float, shares: int) -> float:
+    """t of the first statement, for one coordinate; `share_variance` is at least 1/2.
+
+    >>> f"{sums_apart(4.0, 2):.1e}"
+    '3.6e-17'
+    """
     k = np.arange(1, shares)
-    sums = float((5.0 * np.exp(-2.0 * math.pi**2 * share_variance * k / (k + 1))).sum())
-    return coordinates * (sums + 5.0 * math.exp(-2.0 * math.pi**2 * ROUNDING))
+    return float((5.0 * np.exp(-2.0 * math.pi**2 * share_variance * k / (k + 1))).sum())
+
+
+def rounding_apart(variance: float) -> float:
+    """The exponent of the second statement, for one coordinate; `variance` is r, at least 1/4."""
+    return 5.0 * math.exp(-2.0 * math.pi**2 * variance)
 
 
 def gaussian_variance(*, share_variance: float, shares: int) -> float:
