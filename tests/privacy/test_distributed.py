@@ -268,9 +268,7 @@ def zhu_wang(*, noise: float, rate: float, steps: int, order: int) -> float:
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("bits", [16, 24])
-def test_loss_distributions_are_below_renyi_and_that_below_the_general_bound(
-    plan: DistributedPlan, bits: int
-) -> None:
+def test_loss_distributions_are_below_renyi_and_that_below_the_general_bound(plan: DistributedPlan, bits: int) -> None:
     plan = replace(plan, bits=bits)
     orders = tuple(range(2, 20))
     ours = [plan.rdp(order) for order in orders]
