@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedinfer.arrays import flatten
+from fedinfer.combiners import Combiner, combiner_named
 from fedinfer.data import Schema, heart_schema, read_schema
 from fedinfer.errors import BadUsage
 from fedinfer.models import ModelSpec, build
@@ -36,8 +37,10 @@ class RunConfig:
     the shares of `fedinfer.secagg.Policy`, which devices bring along too, and `bits` the size of a coordinate.
 
     `spare_steps` are releases that the plan pays for beyond `rounds`, so that a round interrupted by a crash can be
-    repeated. Where `evaluate` names a model file, nothing is trained: each device answers once with noised counts,
-    whose ε and δ are `epsilon` and `delta`. `experiments/choose_settings.py` is where the defaults come from.
+    repeated. `combine` makes one update of a round's many; how many of them may be anything at all, `wrong_devices`, is
+    an assumption of robust rules. Where `evaluate` names a model file, nothing is trained: each device answers once
+    with noised counts, whose ε and δ are `epsilon` and `delta`. `experiments/choose_settings.py` is where the defaults
+    come from.
     """
 
     schema: str = BUNDLED_SCHEMA
@@ -56,6 +59,8 @@ class RunConfig:
     rule: str = "fedsgd"
     learning_rate: float = 0.5
     momentum: float = 0.8
+    combine: str = "mean"
+    wrong_devices: int = 0
     min_devices: int = 2
     pki: str = ""
     pki_digest: str = ""
@@ -94,9 +99,14 @@ class RunConfig:
             )
         if self.pki and self.unsafe_no_privacy:
             raise BadUsage("pki: got one for a run without privacy, expected a plan; a sum alone protects nobody")
+        if self.pki and self.combine != "mean":
+            raise BadUsage(
+                f"combine: got {self.combine} with a PKI file, expected mean; a secure sum hides single updates"
+            )
         if self.resume and not self.checkpoint:
             raise BadUsage("resume: got no checkpoint to resume from, expected checkpoint = FILE")
         self.server_rule()
+        combiner_named(self.combine, wrong_devices=self.wrong_devices)
         ModelSpec(family=self.model, inputs=1, hidden=self.hidden)
 
     @classmethod
@@ -216,6 +226,19 @@ class RunConfig:
             loss_bound=LOSS_BOUND,
             min_honest=1 if self._parameters is None else self._parameters.min_honest,
         )
+
+    def combiner(self) -> Combiner:
+        """The rule that makes one update of a round's many.
+
+        Raises: BadUsage if a round may go on with fewer devices than it needs.
+        """
+        combiner = combiner_named(self.combine, wrong_devices=self.wrong_devices)
+        if self.min_devices < combiner.least:
+            raise BadUsage(
+                f"combine: got at least {self.min_devices} devices a round, expected {combiner.least} or more for "
+                f"{self.combine} with {self.wrong_devices} wrong; take more devices, or another rule"
+            )
+        return combiner
 
     def server_rule(self) -> ServerRule:
         """The rule that turns a round's mean into new weights."""

@@ -1,7 +1,6 @@
 """The rounds of training: a step of every device, alone or by a secure sum; then the rule moves the weights."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedinfer.arrays import Vector, flatten
+from fedinfer.combiners import Combiner
 from fedinfer.errors import RoundFailed, ShapeMismatch
 from fedinfer.flower import STEP, reply_from_content, task_to_content
 from fedinfer.flower_sums import MASKED
@@ -18,7 +18,7 @@ from fedinfer.models import build
 from fedinfer.privacy import DistributedPlan
 from fedinfer.rules import RuleState
 from fedinfer.settings import RunConfig
-from fedinfer.training import StepReply, StepTask
+from fedinfer.training import StepTask
 
 from .sums import SecureSums, SumTask
 from .waves import send, size_of
@@ -90,7 +90,7 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
     Raises: RoundFailed if fewer than `min_devices` devices answer with a step.
     """
     devices = wait_for_devices(grid, config)
-    rule = config.server_rule()
+    rule, combiner = config.server_rule(), config.combiner()
     schema_digest = config.public_schema.digest()
     sums = secure_sums(grid, config, state.run)
     while state.round < config.rounds:
@@ -103,7 +103,7 @@ def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundSt
             weights=state.weights,
             plan=config.plan,
         )
-        step = _each_alone(grid, config, task, devices) if sums is None else _together(sums, task)
+        step = _each_alone(grid, config, task, devices, combiner) if sums is None else _together(sums, task)
         weights, rule_state = rule.step(state.weights, step.mean, state.rule_state)
         record = RoundRecord(
             round=task.round,
@@ -175,8 +175,8 @@ def _together(sums: SecureSums, task: StepTask) -> _Step:
     )
 
 
-def _each_alone(grid: Grid, config: RunConfig, task: StepTask, devices: Sequence[int]) -> _Step:
-    """The mean of what devices release, each with noise that is enough for itself."""
+def _each_alone(grid: Grid, config: RunConfig, task: StepTask, devices: Sequence[int], combiner: Combiner) -> _Step:
+    """One update of what devices release, each with noise that is enough for itself."""
     content = task_to_content(task)
     messages = [Message(content, device, STEP, group_id=str(task.round)) for device in devices]
     answers = answers_of(grid, messages, config, f"round {task.round}")
@@ -189,7 +189,7 @@ def _each_alone(grid: Grid, config: RunConfig, task: StepTask, devices: Sequence
             )
         replies.append(reply)
     return _Step(
-        mean=_mean(replies),
+        mean=combiner.combine([reply.gradient for reply in replies], [reply.weight for reply in replies]),
         devices=len(replies),
         bytes_up=sum(size_of(answer) for answer in answers.values()),
         bytes_down=len(devices) * size_of(content),
@@ -212,12 +212,3 @@ def answers_of(grid: Grid, messages: Sequence[Message], config: RunConfig, what:
     if wave.failures or wave.silent:
         log.warning("%s goes on without some devices: %s", what, wave.reasons())
     return wave.contents
-
-
-def _mean(replies: list[StepReply]) -> Vector:
-    weight = math.fsum(reply.weight for reply in replies)
-    if weight == 0.0:
-        return np.zeros_like(replies[0].gradient)
-    # In double precision the order of the devices does not show in the float32 mean.
-    total = sum(np.float64(reply.weight) * reply.gradient.astype(np.float64) for reply in replies)
-    return np.asarray(total / weight, np.float32)

@@ -10,7 +10,7 @@ LAYERS = (
     ("errors",),
     ("arrays", "wire", "files"),
     ("data", "models", "privacy", "secagg", "encrypted", "inference"),
-    ("rules",),
+    ("rules", "combiners"),
     ("settings",),
     ("card",),
     ("optimisers", "local_app"),

@@ -137,6 +137,15 @@ def train(
         str, typer.Option(help="What ε protects: one example, or a whole client (needs very many clients).")
     ] = "example",
     rounds: Annotated[int | None, typer.Option(help="Training rounds; 40 unless said.")] = None,
+    combine: Annotated[
+        str,
+        typer.Option(
+            help="How a round's updates become one: mean, or a robust rule (median, trimmed-mean, krum, multi-krum, "
+            "geometric-median). Robust rules read each device's own noised update, so that each device adds all the "
+            "noise itself; they need the clear mode and cost accuracy."
+        ),
+    ] = "mean",
+    wrong_devices: Annotated[int, typer.Option(help="How many devices a robust rule must stand.")] = 0,
     seed: Annotated[int, typer.Option(help="Starting weights. Never seeds noise or sampling.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
     unsafe_no_privacy: Annotated[
@@ -169,6 +178,8 @@ def train(
         delta=delta,
         unit=unit,
         rounds=rounds,
+        combine=combine,
+        wrong_devices=wrong_devices,
         seed=seed,
         resume=resume,
         unsafe_no_privacy=unsafe_no_privacy,

@@ -37,6 +37,8 @@ def train_model(
     delta: float,
     unit: str,
     rounds: int | None,
+    combine: str,
+    wrong_devices: int,
     seed: int,
     resume: bool,
     unsafe_no_privacy: bool,
@@ -71,6 +73,8 @@ def train_model(
         checkpoint=str(checkpoint),
         resume=resume,
         out=str(out),
+        combine=combine,
+        wrong_devices=wrong_devices,
         rounds=RunConfig.rounds if rounds is None else rounds,
     )
     if folder is None:
@@ -82,10 +86,12 @@ def train_model(
             node["insecure-seeded-noise"] = f"{insecure_seed}/{index}"
     config = replace(config, min_devices=len(nodes))
     with tempfile.TemporaryDirectory(prefix="fedinfer-members-") as place:
-        if _in_secure_sums(secure_sum, len(nodes), protected=not unsafe_no_privacy):
+        if _in_secure_sums(secure_sum, config, len(nodes)):
             config, nodes = enlist(config, nodes, Path(place))
         run, done = _run_and_round(config)
         config = replace(config, run=run)
+        # Too few devices for the rule are refused here, before a ledger is made.
+        config.combiner()
         ledgers = [Path(str(node["ledger"])) for node in nodes if "ledger" in node]
         check_ledgers(config, ledgers, releases=config.rounds - done)
         # A folder that cannot be made must fail before a ledger is charged.
@@ -101,16 +107,17 @@ def train_model(
     _report(config, context, len(nodes), as_json=as_json)
 
 
-def _in_secure_sums(asked: bool | None, clients: int, *, protected: bool) -> bool:
+def _in_secure_sums(asked: bool | None, config: RunConfig, clients: int) -> bool:
     """Whether clients add up in secure sums.
 
     Raises: BadUsage if they were asked to and cannot.
     """
-    possible = clients >= LEAST_MEMBERS and protected
+    possible = clients >= LEAST_MEMBERS and not config.unsafe_no_privacy and config.combine == "mean"
     if asked and not possible:
         raise BadUsage(
-            f"--secure-sum: got {clients} clients{'' if protected else ' without privacy'}, expected a plan and at "
-            f"least {LEAST_MEMBERS} clients; fewer cannot hide one among others"
+            f"--secure-sum: got {clients} clients{', no privacy' if config.unsafe_no_privacy else ''} and --combine "
+            f"{config.combine}, expected at least {LEAST_MEMBERS} clients, a plan and the mean; fewer cannot hide one "
+            "among others, and robust rules read single updates"
         )
     return possible if asked is None else asked
 
