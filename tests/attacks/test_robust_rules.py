@@ -67,13 +67,10 @@ def test_too_few_devices_for_the_rule_are_refused_before_one_is_asked() -> None:
     config = RunConfig(combine="krum", wrong_devices=1, min_devices=4)
     asked: list[int] = []
 
+    def progress(_round: str, node: int) -> None:
+        asked.append(node)
+
     nodes = [{"partition-id": i} for i in range(4)]
     with pytest.raises(BadUsage, match="expected 5 or more for krum"):
-        run_in_process(
-            server_app,
-            honest_app,
-            nodes=nodes,
-            run_config=config.to_flat(),
-            progress=lambda _, node: asked.append(node),
-        )
+        run_in_process(server_app, honest_app, nodes=nodes, run_config=config.to_flat(), progress=progress)
     assert asked == []
