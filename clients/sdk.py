@@ -25,11 +25,10 @@ from fedinfer.privacy import (
     os_noise,
 )
 from fedinfer.privacy.heads import HeadFile
-from fedinfer.secagg import Parameters, Policy, Words
+from fedinfer.secagg import Words
 from fedinfer.secagg.round_messages import Inbox, Masked, Offer
+from fedinfer.sums.membership import NO_MEMBER, Membership, MembershipConfig, membership_in
 from fedinfer.training import StepReply, StepTask, private_step, step_summand, unsafe_step
-
-from .membership import Membership, MembershipConfig
 
 log = logging.getLogger("fedinfer.device")
 BUNDLED = "heart-disease"
@@ -108,30 +107,9 @@ class DeviceConfig:
             ledger_head=Path(pins["ledger-head"]) if "ledger-head" in pins else None,
             ledger_public_key=pins.get("ledger-public-key"),
             public_data=bool(node.get("public-data", False)) or not data,
-            membership=_membership(node),
+            membership=membership_in(node),
             insecure_seeded_noise=str(node.get("insecure-seeded-noise", "")),
         )
-
-
-def _membership(node: Mapping[str, bool | float | int | str]) -> MembershipConfig | None:
-    """The part of a node configuration that says who the device is in secure sums."""
-    given = {key: str(node[key]) for key in ("pki", "pki-digest", "identity") if node.get(key)}
-    if not given:
-        return None
-    if len(given) < 3:
-        raise BadUsage(
-            f"node configuration: got {sorted(given)} alone, expected pki, pki-digest and identity together; "
-            "`fedinfer pki show` prints the digest"
-        )
-    return MembershipConfig(
-        pki=Path(given["pki"]),
-        pki_digest=given["pki-digest"],
-        identity=Path(given["identity"]),
-        sessions=str(node.get("sessions", "")),
-        policy=Policy(
-            corrupt=float(node.get("corrupt", Policy.corrupt)), dropout=float(node.get("dropout", Policy.dropout))
-        ),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,10 +209,7 @@ class Device:
         Raises: BadUsage if it is in none.
         """
         if self._membership is None:
-            raise BadUsage(
-                "device: got no identity for secure sums, expected pki, pki-digest and identity in the node "
-                "configuration; `fedinfer pki identity` makes one"
-            )
+            raise BadUsage(NO_MEMBER)
         return self._membership
 
     def masked(self, task: StepTask | EvaluationTask, inbox: Inbox) -> MaskedReply:
@@ -253,9 +228,7 @@ class Device:
             raise UnprotectedRefused("task: got a plan for one device alone or none, expected that of a secure sum")
         spec, model = task.sum_spec, task.digest()
         with self.membership.participant(task.run) as participant:
-            _check_sum(charge.min_honest, participant.session.parameters)
-            if isinstance(charge, DistributedPlan):
-                _check_plan_of_sum(charge, participant.session.parameters)
+            Membership.check_plan(charge, participant.session.parameters)
             participant.check(inbox, spec=spec, model=model)
             round = task.round if isinstance(task, StepTask) else 1
             stream = self._stream(str(round))
@@ -301,24 +274,6 @@ def _check_plan(plan: PrivacyPlan) -> None:
             f"task: got a plan for one {plan.unit}, {type(plan.sampler).__name__}, against the {plan.adversary}, with "
             f"{plan.min_honest} honest devices; expected examples sampled by Poisson, or clients against the server, "
             "and noise that is enough alone"
-        )
-
-
-def _check_sum(min_honest: int, parameters: Parameters) -> None:
-    """Refuse noise that counts on more honest devices than this device's own policy is sure of."""
-    if min_honest > parameters.min_honest:
-        raise UnprotectedRefused(
-            f"task: got noise that counts on {min_honest} honest devices, expected at most {parameters.min_honest} "
-            f"of {parameters.clients} by this device's own policy"
-        )
-
-
-def _check_plan_of_sum(plan: DistributedPlan, parameters: Parameters) -> None:
-    """Refuse a plan that says of more colluders than the policy is safe against, or is for fewer clients."""
-    if plan.colluders > parameters.corrupt or plan.clients < parameters.clients:
-        raise UnprotectedRefused(
-            f"task: got a plan for {plan.clients} clients and {plan.colluders} colluders, expected at least "
-            f"{parameters.clients} clients and at most {parameters.corrupt} colluders"
         )
 
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from fedinfer.arrays import flatten
 from fedinfer.evaluating import EvaluationTask
 from fedinfer.flower import COUNTS, counts_from_content, evaluation_to_content
-from fedinfer.flower_sums import COUNTED
 from fedinfer.models import Model
 from fedinfer.settings import RunConfig
+from fedinfer.sums.messages import COUNTED
+from fedinfer.sums.rounds import SecureSums, SumTask
 
 from .rounds import answers_of, secure_sums, wait_for_devices
-from .sums import SecureSums, SumTask
 
 # The sum of counts, how many devices are in it, and whether any noise was void.
 Counted = tuple[NDArray[np.int64], int, bool]

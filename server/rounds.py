@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -13,15 +13,14 @@ from fedinfer.arrays import Vector, flatten
 from fedinfer.combiners import Combiner
 from fedinfer.errors import RoundFailed, ShapeMismatch
 from fedinfer.flower import STEP, reply_from_content, task_to_content
-from fedinfer.flower_sums import MASKED
 from fedinfer.models import build
 from fedinfer.privacy import DistributedPlan
 from fedinfer.rules import RuleState
 from fedinfer.settings import RunConfig
+from fedinfer.sums.messages import MASKED
+from fedinfer.sums.rounds import SecureSums, SumTask
+from fedinfer.sums.waves import send, size_of
 from fedinfer.training import StepTask
-
-from .sums import SecureSums, SumTask
-from .waves import send, size_of
 
 log = logging.getLogger("fedinfer.server")
 POLL_S = 0.5
@@ -187,7 +186,8 @@ def _each_alone(grid: Grid, config: RunConfig, task: StepTask, devices: Sequence
             raise ShapeMismatch(
                 got=reply.gradient.shape, expected=task.weights.shape, what=f"device {device}, gradient"
             )
-        replies.append(reply)
+        # Under a plan all devices weigh the same, whatever one says of itself.
+        replies.append(reply if task.plan is None else replace(reply, weight=1.0))
     return _Step(
         mean=combiner.combine([reply.gradient for reply in replies], [reply.weight for reply in replies]),
         devices=len(replies),

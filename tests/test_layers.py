@@ -17,7 +17,8 @@ LAYERS = (
     ("local_task",),
     ("training",),
     ("evaluating",),
-    ("flower", "flower_sums"),
+    ("flower",),
+    ("sums",),
     ("simulation",),
     ("auditing", "report"),
     ("clients", "server"),
@@ -30,7 +31,7 @@ OWNERS = {
     "flwr": {
         "auditing/flower_peer.py",
         "flower",
-        "flower_sums",
+        "sums",
         "local_app.py",
         "simulation",
         "server",

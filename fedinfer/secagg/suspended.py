@@ -1,7 +1,7 @@
 """A member between two messages, as bytes: for a device that starts a process for each.
 
 The bytes are the member's secrets. They stay on the device, in memory or in a file of its owner's, and are used once:
-whoever resumes from them a second time would answer a second time (`clients/sessions.py` sees to it).
+whoever resumes from them a second time would answer a second time (`fedinfer/sums/sessions.py` sees to it).
 """
 
 from dataclasses import dataclass, field

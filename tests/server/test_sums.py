@@ -8,8 +8,8 @@ import pytest
 
 from fedinfer.arrays import Vector
 from fedinfer.errors import RoundFailed
-from fedinfer.flower_sums import MASKED, OFFER, OPEN, REVEAL, SHARE, SIGN
 from fedinfer.settings import RunConfig
+from fedinfer.sums.messages import MASKED, OFFER, OPEN, REVEAL, SHARE, SIGN
 from server.rounds import RoundState, first_state, rounds
 from tests.server.federation import Lose, LossyGrid, charged, hospitals, nothing_lost, on, restart
 

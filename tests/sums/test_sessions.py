@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import clients.sessions
-from clients.sessions import FolderSessions, MemorySessions, Sessions
+import fedinfer.sums.sessions
 from fedinfer.errors import ProtocolViolation
+from fedinfer.sums.sessions import FolderSessions, MemorySessions, Sessions
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -28,7 +28,7 @@ def test_a_place_is_taken_once(places: Sessions) -> None:
 
 
 def test_only_the_latest_places_are_kept(places: Sessions) -> None:
-    for number in range(clients.sessions.MOST_PLACES + 1):
+    for number in range(fedinfer.sums.sessions.MOST_PLACES + 1):
         places.put(f"run {number}", b"")
     with pytest.raises(ProtocolViolation, match="no place"):
         places.take("run 0")
@@ -36,7 +36,7 @@ def test_only_the_latest_places_are_kept(places: Sessions) -> None:
 
 
 def test_set_ups_are_bounded(places: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients.sessions, "MOST_SET_UPS", 2)
+    monkeypatch.setattr(fedinfer.sums.sessions, "MOST_SET_UPS", 2)
     places.count_set_up()
     places.count_set_up()
     with pytest.raises(ProtocolViolation, match="set-ups: got 2"):
@@ -44,7 +44,7 @@ def test_set_ups_are_bounded(places: Sessions, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_count_of_set_ups_outlives_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients.sessions, "MOST_SET_UPS", 1)
+    monkeypatch.setattr(fedinfer.sums.sessions, "MOST_SET_UPS", 1)
     FolderSessions(tmp_path).count_set_up()
     with pytest.raises(ProtocolViolation, match="set-ups: got 1"):
         FolderSessions(tmp_path).count_set_up()
@@ -72,7 +72,7 @@ def test_of_many_that_take_one_place_at_once_one_gets_it(tmp_path: Path) -> None
 def test_a_place_from_before_a_restart_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     boot = tmp_path / "boot"
     boot.write_bytes(b"one")
-    monkeypatch.setattr(clients.sessions, "BOOT_ID", boot)
+    monkeypatch.setattr(fedinfer.sums.sessions, "BOOT_ID", boot)
     FolderSessions(tmp_path / "places").put("run", b"secret")
     boot.write_bytes(b"two")
     with pytest.raises(ProtocolViolation, match="no place"):

@@ -4,22 +4,29 @@ Each method is one message of the protocol (`fedinfer/secagg`): it takes the pla
 and puts it back. Only public messages go out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
-from fedinfer.errors import BadUsage, ProtocolViolation
-from fedinfer.secagg import Identity, Newcomer, Participant, PkiFile, Policy
+from fedinfer.errors import BadUsage, ProtocolViolation, UnprotectedRefused
+from fedinfer.privacy import DistributedPlan, EvaluationRelease
+from fedinfer.secagg import Identity, Newcomer, Parameters, Participant, PkiFile, Policy
 from fedinfer.secagg.codec import from_bytes, to_bytes
 from fedinfer.secagg.round_messages import Endorsement, Offer, Quorum, Reveal, Survivors
 from fedinfer.secagg.setup_messages import MAX_RUN_BYTES, Commit, Opening, Roster
 from fedinfer.secagg.suspended import Held, HeldNewcomer, openings_of, roster_of, session_of
+from fedinfer.sums.sessions import FolderSessions, MemorySessions, Sessions
 
-from .sessions import FolderSessions, MemorySessions, Sessions
-
+# What a secure sum is charged as.
+SumCharge = DistributedPlan | EvaluationRelease
 MAX_HELD_BYTES = 1 << 30
 IN_MEMORY = ":memory:"
+NO_MEMBER = (
+    "device: got no identity for secure sums, expected pki, pki-digest and identity in the node configuration; "
+    "`fedinfer pki identity` makes one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,48 @@ class MembershipConfig:
         return Membership(identity=identity, pki=pki, policy=self.policy, sessions=places)
 
 
+def membership_in(node: Mapping[str, bool | float | int | str]) -> MembershipConfig | None:
+    """The part of a Flower node configuration that says who the device is; None if it says nothing of it.
+
+    Its keys: pki, pki-digest, identity and, if not the defaults, sessions (text), corrupt and dropout (shares).
+    Raises: BadUsage if one of the first three is missing or of another type.
+    """
+    given = {key: node[key] for key in ("pki", "pki-digest", "identity") if key in node}
+    if not given:
+        return None
+    if len(given) < 3 or not all(isinstance(value, str) and value for value in given.values()):
+        raise BadUsage(
+            f"node configuration: got {sorted(given)} or an empty one of them, expected pki, pki-digest and identity "
+            "together; `fedinfer pki show` prints the digest"
+        )
+    policy = Policy(
+        corrupt=float(node.get("corrupt", Policy.corrupt)), dropout=float(node.get("dropout", Policy.dropout))
+    )
+    return MembershipConfig(
+        pki=Path(str(given["pki"])),
+        pki_digest=str(given["pki-digest"]),
+        identity=Path(str(given["identity"])),
+        sessions=str(node.get("sessions", "")),
+        policy=policy,
+    )
+
+
+def open_membership(node: Mapping[str, bool | float | int | str]) -> "Membership":
+    """The member that a node configuration names, or the one already open in this process.
+
+    Raises: BadUsage if it names none; BadInput for a file that cannot be used.
+    """
+    config = membership_in(node)
+    if config is None:
+        raise BadUsage(NO_MEMBER)
+    return _opened(config)
+
+
+@lru_cache(maxsize=1024)
+def _opened(config: MembershipConfig) -> "Membership":
+    return config.open()
+
+
 class Membership:
     """One member of one PKI file, in a session for each run.
 
@@ -60,6 +109,26 @@ class Membership:
 
     def __repr__(self) -> str:
         return f"Membership(member={self._member})"
+
+    @staticmethod
+    def check_plan(charge: SumCharge, parameters: Parameters) -> None:
+        """Refuse noise that counts on more honest devices than this device's own policy is sure of.
+
+        Raises: UnprotectedRefused; for a plan, too, that names more colluders than the policy holds against, or has
+            room for fewer clients.
+        """
+        if charge.min_honest > parameters.min_honest:
+            raise UnprotectedRefused(
+                f"task: got noise that counts on {charge.min_honest} honest devices, expected at most "
+                f"{parameters.min_honest} of {parameters.clients} by this device's own policy"
+            )
+        if isinstance(charge, DistributedPlan) and (
+            charge.colluders > parameters.corrupt or charge.clients < parameters.clients
+        ):
+            raise UnprotectedRefused(
+                f"task: got a plan for {charge.clients} clients and {charge.colluders} colluders, expected at least "
+                f"{parameters.clients} clients and at most {parameters.corrupt} colluders"
+            )
 
     def offer(self, run: str) -> Commit:
         """Begin a session in `run`; one that was there before is over."""

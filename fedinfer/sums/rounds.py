@@ -19,7 +19,12 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedinfer.errors import ProtocolViolation, RoundFailed, WireError
-from fedinfer.flower_sums import (
+from fedinfer.secagg import Coordinator, PkiFile, Policy, SumSpec, Words, agree, check_roster
+from fedinfer.secagg.codec import Message as SumFrame
+from fedinfer.secagg.codec import to_bytes
+from fedinfer.secagg.round_messages import Endorsement, Masked, Offer, Reveal
+from fedinfer.secagg.setup_messages import Commit, Opening, Openings, Roster
+from fedinfer.sums.messages import (
     OFFER,
     OPEN,
     REVEAL,
@@ -32,13 +37,7 @@ from fedinfer.flower_sums import (
     sum_to_record,
     void_in,
 )
-from fedinfer.secagg import Coordinator, PkiFile, Policy, SumSpec, Words, agree, check_roster
-from fedinfer.secagg.codec import Message as SumFrame
-from fedinfer.secagg.codec import to_bytes
-from fedinfer.secagg.round_messages import Endorsement, Masked, Offer, Reveal
-from fedinfer.secagg.setup_messages import Commit, Opening, Openings, Roster
-
-from .waves import Wave, send, size_of
+from fedinfer.sums.waves import Wave, send, size_of
 
 log = logging.getLogger("fedinfer.server")
 # Set-ups in a row in which somebody keeps silent, and sums of one task that fail.
