@@ -96,7 +96,7 @@ class Median:
 
     def combine(self, updates: Sequence[Vector], weights: Sequence[float]) -> Vector:
         _check(updates, self.least, "median")
-        return _middle(updates, trimmed=(len(updates) - 1) // 2)
+        return _median(updates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class Krum:
     def combine(self, updates: Sequence[Vector], weights: Sequence[float]) -> Vector:
         _check(updates, self.least, "Krum")
         ordered = _in_one_order(updates)
-        products = _products(ordered)
+        products = _products(ordered, _median(ordered))
         squares = np.diag(products)
         distances = np.maximum(squares[:, None] + squares[None, :] - 2.0 * products, 0.0)
         np.fill_diagonal(distances, np.inf)
@@ -197,10 +197,11 @@ class GeometricMedian:
     def combine(self, updates: Sequence[Vector], weights: Sequence[float]) -> Vector:
         _check(updates, self.least, "geometric median")
         ordered = _in_one_order(updates)
-        shares = _weiszfeld(_products(ordered))
-        result = np.empty_like(updates[0])
-        for place, centred, centre in _centred(ordered):
-            result[place] = centre + shares @ centred
+        centre = _median(ordered)
+        shares = _weiszfeld(_products(ordered, centre))
+        result = np.empty_like(centre)
+        for place, block in _around(ordered, centre):
+            result[place] = centre[place] + shares @ block
         return result
 
 
@@ -226,6 +227,10 @@ def _weiszfeld(products: Floats) -> Floats:
     return shares
 
 
+def _median(updates: Sequence[Vector]) -> Vector:
+    return _middle(updates, trimmed=(len(updates) - 1) // 2)
+
+
 def _middle(updates: Sequence[Vector], *, trimmed: int) -> Vector:
     """The mean of each coordinate without its `trimmed` least and greatest values."""
     result = np.empty_like(updates[0])
@@ -240,23 +245,23 @@ def _in_one_order(updates: Sequence[Vector]) -> list[Vector]:
     return sorted(updates, key=digest)
 
 
-def _products(updates: Sequence[Vector]) -> Floats:
-    """Inner products (n, n) of the updates around the median of each coordinate.
+def _products(updates: Sequence[Vector], centre: Vector) -> Floats:
+    """Inner products (n, n) of the updates around `centre`.
 
-    Around a centre that wrong updates cannot move, distances between honest ones keep their precision.
+    Around one that wrong updates cannot move, distances between honest updates keep their precision.
     """
     products = np.zeros((len(updates), len(updates)))
-    for _, centred, _ in _centred(updates):
-        products += centred @ centred.T
+    for _, block in _around(updates, centre):
+        products += block @ block.T
     return products
 
 
-def _centred(updates: Sequence[Vector]) -> Iterator[tuple[slice, Floats, Floats]]:
-    """Blocks of coordinates: which, the updates less their median (n, block), the median (block,)."""
+def _around(updates: Sequence[Vector], centre: Vector) -> Iterator[tuple[slice, Floats]]:
+    """Coordinates in blocks: which, and the updates less `centre` there (n, block)."""
     for place in _places(updates):
         block = np.stack([update[place] for update in updates]).astype(np.float64)
-        centre = np.median(block, axis=0)
-        yield place, block - centre, centre
+        block -= centre[place]
+        yield place, block
 
 
 def _places(updates: Sequence[Vector]) -> Iterator[slice]:
