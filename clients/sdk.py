@@ -27,7 +27,8 @@ from fedinfer.privacy import (
 from fedinfer.privacy.heads import HeadFile
 from fedinfer.secagg import Words
 from fedinfer.secagg.round_messages import Inbox, Masked, Offer
-from fedinfer.sums.membership import NO_MEMBER, Membership, MembershipConfig, membership_in
+from fedinfer.sums.charges import check_charge
+from fedinfer.sums.membership import NO_MEMBER, Membership, MembershipConfig, membership_in, opened
 from fedinfer.training import StepReply, StepTask, private_step, step_summand, unsafe_step
 
 log = logging.getLogger("fedinfer.device")
@@ -160,7 +161,7 @@ class Device:
             schema=schema,
             ledger=ledger,
             public_data=config.public_data,
-            membership=config.membership.open() if config.membership is not None else None,
+            membership=opened(config.membership) if config.membership is not None else None,
             insecure_seed=config.insecure_seeded_noise,
         )
 
@@ -228,7 +229,7 @@ class Device:
             raise UnprotectedRefused("task: got a plan for one device alone or none, expected that of a secure sum")
         spec, model = task.sum_spec, task.digest()
         with self.membership.participant(task.run) as participant:
-            Membership.check_plan(charge, participant.session.parameters)
+            check_charge(charge, participant.session.parameters)
             participant.check(inbox, spec=spec, model=model)
             round = task.round if isinstance(task, StepTask) else 1
             stream = self._stream(str(round))

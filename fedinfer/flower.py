@@ -8,7 +8,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
 from fedinfer.arrays import Vector
-from fedinfer.errors import FedinferError, WireError
+from fedinfer.errors import WireError
 from fedinfer.evaluating import EvaluationReply, EvaluationTask
 from fedinfer.models import ModelSpec
 from fedinfer.privacy import plan_from_json
@@ -111,18 +111,6 @@ def counts_from_content(content: RecordDict, *, size: int) -> EvaluationReply:
         return EvaluationReply(counts=counts, void=bool(_typed(content.metric_records["reply"], "void", int)))
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"counts message: expected a field or a type that is not there ({error})") from None
-
-
-def error_to_content(error: BaseException) -> RecordDict:
-    """What a device tells the server of an error: its kind, never its text, which may speak of rows or paths."""
-    kind = type(error).__name__ if isinstance(error, FedinferError) else "InternalError"
-    return RecordDict({"error": ConfigRecord({"kind": kind})})
-
-
-def error_kind(content: RecordDict) -> str | None:
-    """The kind of error in a device's answer, or None if it is not an error."""
-    record = content.config_records.get("error")
-    return None if record is None else str(record.get("kind", "InternalError"))
 
 
 def _subject(task: StepTask | EvaluationTask) -> dict[str, ConfigRecordValues]:

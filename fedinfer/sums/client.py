@@ -21,7 +21,8 @@ from fedinfer.privacy.heads import HeadFile
 from fedinfer.secagg import SumSpec, Words
 from fedinfer.secagg.codec import to_bytes
 from fedinfer.secagg.round_messages import Inbox
-from fedinfer.sums.membership import Membership, open_membership
+from fedinfer.sums.charges import check_charge
+from fedinfer.sums.membership import open_membership
 from fedinfer.sums.messages import SUM, SumMessage, sum_from_content, sum_to_content
 from fedinfer.sums.steps import add_steps, answer
 from fedinfer.sums.updates import Floats, arrays_of, content_digest, update_of
@@ -73,7 +74,7 @@ def _masked(app: ClientApp, message: Message, content: RecordDict, context: Cont
     inbox = said.read("inbox", Inbox)
     spec, model = SumSpec(length=plan.padded, bits=plan.bits), content_digest(content)
     with open_membership(context.node_config).participant(said.run) as participant, _ledger(context) as ledger:
-        Membership.check_plan(plan, participant.session.parameters)
+        check_charge(plan, participant.session.parameters)
         participant.check(inbox, spec=spec, model=model)
         stream = os_noise()
         reservation = ledger.reserve(run=said.run, round=round, plan=plan, void=stream.void)

@@ -10,17 +10,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from fedinfer.errors import BadUsage, ProtocolViolation, UnprotectedRefused
-from fedinfer.privacy import DistributedPlan, EvaluationRelease
-from fedinfer.secagg import Identity, Newcomer, Parameters, Participant, PkiFile, Policy
+from fedinfer.errors import BadUsage, ProtocolViolation
+from fedinfer.secagg import Identity, Newcomer, Participant, PkiFile, Policy
 from fedinfer.secagg.codec import from_bytes, to_bytes
 from fedinfer.secagg.round_messages import Endorsement, Offer, Quorum, Reveal, Survivors
 from fedinfer.secagg.setup_messages import MAX_RUN_BYTES, Commit, Opening, Roster
 from fedinfer.secagg.suspended import Held, HeldNewcomer, openings_of, roster_of, session_of
 from fedinfer.sums.sessions import FolderSessions, MemorySessions, Sessions
 
-# What a secure sum is charged as.
-SumCharge = DistributedPlan | EvaluationRelease
 MAX_HELD_BYTES = 1 << 30
 IN_MEMORY = ":memory:"
 NO_MEMBER = (
@@ -89,11 +86,12 @@ def open_membership(node: Mapping[str, bool | float | int | str]) -> "Membership
     config = membership_in(node)
     if config is None:
         raise BadUsage(NO_MEMBER)
-    return _opened(config)
+    return opened(config)
 
 
 @lru_cache(maxsize=1024)
-def _opened(config: MembershipConfig) -> "Membership":
+def opened(config: MembershipConfig) -> "Membership":
+    """The member of `config`, the same for the whole process: its places may be in memory."""
     return config.open()
 
 
@@ -109,26 +107,6 @@ class Membership:
 
     def __repr__(self) -> str:
         return f"Membership(member={self._member})"
-
-    @staticmethod
-    def check_plan(charge: SumCharge, parameters: Parameters) -> None:
-        """Refuse noise that counts on more honest devices than this device's own policy is sure of.
-
-        Raises: UnprotectedRefused; for a plan, too, that names more colluders than the policy holds against, or has
-            room for fewer clients.
-        """
-        if charge.min_honest > parameters.min_honest:
-            raise UnprotectedRefused(
-                f"task: got noise that counts on {charge.min_honest} honest devices, expected at most "
-                f"{parameters.min_honest} of {parameters.clients} by this device's own policy"
-            )
-        if isinstance(charge, DistributedPlan) and (
-            charge.colluders > parameters.corrupt or charge.clients < parameters.clients
-        ):
-            raise UnprotectedRefused(
-                f"task: got a plan for {charge.clients} clients and {charge.colluders} colluders, expected at least "
-                f"{parameters.clients} clients and at most {parameters.corrupt} colluders"
-            )
 
     def offer(self, run: str) -> Commit:
         """Begin a session in `run`; one that was there before is over."""

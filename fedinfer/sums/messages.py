@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedinfer.errors import WireError
+from fedinfer.errors import FedinferError, WireError
 from fedinfer.secagg.codec import Message, from_bytes
 
 OFFER, OPEN, SHARE = "query.offer", "query.open", "query.share"
@@ -82,3 +82,15 @@ def void_in(content: RecordDict) -> bool:
     """Whether the noise of a masked vector was seeded, as its device says."""
     record = content.metric_records.get(VOID)
     return record is None or record.get("void") != 0
+
+
+def error_to_content(error: BaseException) -> RecordDict:
+    """What a device tells the server of an error: its kind, never its text, which may speak of rows or paths."""
+    kind = type(error).__name__ if isinstance(error, FedinferError) else "InternalError"
+    return RecordDict({"error": ConfigRecord({"kind": kind})})
+
+
+def error_kind(content: RecordDict) -> str | None:
+    """The kind of error in a device's answer, or None if it is not an error."""
+    record = content.config_records.get("error")
+    return None if record is None else str(record.get("kind", "InternalError"))

@@ -7,12 +7,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedinfer.errors import FedinferError
-from fedinfer.flower import error_to_content
 from fedinfer.secagg.codec import Message as Frame
 from fedinfer.secagg.codec import to_bytes
 from fedinfer.secagg.round_messages import Quorum, Survivors
 from fedinfer.sums.membership import Membership
-from fedinfer.sums.messages import SumMessage, sum_from_content, sum_to_content
+from fedinfer.sums.messages import SumMessage, error_to_content, sum_from_content, sum_to_content
 
 log = logging.getLogger("fedinfer.device")
 MembershipOf = Callable[[Context], Membership]

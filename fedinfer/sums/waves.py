@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedinfer.flower import error_kind
+from fedinfer.sums.messages import error_kind
 
 log = logging.getLogger("fedinfer.server")
 

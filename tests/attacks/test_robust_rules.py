@@ -38,7 +38,7 @@ def test_each_robust_rule_stands_one_wrong_device(split: Split, rule: str, attac
     assert auc_of(split, rule=rule, epsilon=epsilon, attack=attack, seed=rule) > 0.8
 
 
-def test_a_device_that_claims_all_the_weight_has_it_in_the_mean_only() -> None:
+def test_a_device_that_claims_all_the_weight_does_not_get_it() -> None:
     def trained(rule: str, app: ClientApp) -> np.ndarray:
         wrong = 0 if rule == "mean" else 1
         config = RunConfig(combine=rule, wrong_devices=wrong, rounds=3, min_devices=4)
@@ -58,8 +58,7 @@ def test_a_device_that_claims_all_the_weight_has_it_in_the_mean_only() -> None:
         metrics = MetricRecord({"weight": 1e12, "void": 0})
         return Message(RecordDict({"gradient": ArrayRecord([update]), "reply": metrics}), reply_to=message)
 
-    assert not np.allclose(trained("mean", heavy), trained("mean", honest_app), atol=0.1)
-    for rule in ("median", "trimmed-mean", "geometric-median"):
+    for rule in ("mean", "median", "trimmed-mean", "geometric-median"):
         assert trained(rule, heavy).tobytes() == trained(rule, honest_app).tobytes()
 
 

@@ -1,5 +1,7 @@
 """The device: its ledger comes before its rows, and a server learns of an error only its kind."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from fedinfer.cli.evaluation import write_rows
 from fedinfer.data import Table, encode, heart_rows, heart_schema, to_json
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.errors import BadUsage, SchemaError, UnprotectedRefused
-from fedinfer.flower import STEP, error_kind, task_to_content
+from fedinfer.flower import STEP, task_to_content
 from fedinfer.models import Model, ModelSpec, build, save
 from fedinfer.privacy import Cyclic, FixedSize, Poisson, PrivacyLedger, PrivacyPlan
 from fedinfer.simulation import InProcessGrid
 from fedinfer.simulation.grid import _task_of
+from fedinfer.sums.messages import error_kind
 from fedinfer.training import StepTask
 
 SCHEMA = heart_schema()
@@ -214,3 +217,9 @@ def test_a_device_asks_the_head_and_the_key_that_its_configuration_names(tmp_pat
 def test_a_pin_that_pins_nothing_is_refused(pins: dict[str, str | int], said: str) -> None:
     with pytest.raises(BadUsage, match=said):
         DeviceConfig.from_node({"ledger": "ledger", "public-data": True, **pins})
+
+
+def test_steps_of_a_sum_that_use_no_row_load_no_torch() -> None:
+    # A SuperNode starts a process for each message.
+    script = "import clients.app, sys; assert not {'torch', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])

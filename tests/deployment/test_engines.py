@@ -12,6 +12,7 @@ from fedinfer.data import heart_rows
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.models import load
 from fedinfer.privacy import PrivacyLedger
+from fedinfer.secagg.rehearsal import make_pki
 from fedinfer.settings import RunConfig
 from fedinfer.simulation import run_in_process
 from server.app import app as server_app
@@ -57,6 +58,41 @@ def test_superlink_gives_the_weights_of_the_in_process_grid(tmp_path: Path) -> N
         with pytest.raises(RunFailed, match="BudgetExceeded"):
             link.run(ROOT, settings, timeout_s=120)
     assert checkpoint.exists()
+
+
+def member(nodes: list[dict[str, str]], folder: Path) -> dict[str, str]:
+    """Give each node an identity and pin the PKI file; what the server must know of it."""
+    pki, identities = make_pki(len(nodes))
+    pki.save(folder / "pki.json")
+    federation = {"pki": str(folder / "pki.json"), "pki-digest": pki.digest.hex()}
+    for number, (config, identity) in enumerate(zip(nodes, identities, strict=True)):
+        identity.save(folder / f"{number}.identity")
+        config |= federation | {"identity": str(folder / f"{number}.identity")}
+    return federation
+
+
+def test_secure_sums_on_a_superlink_with_a_crash_in_between(tmp_path: Path) -> None:
+    nodes = [node(tmp_path, name) for name in ("Cleveland", "Hungary", "VA Long Beach")]
+    out = tmp_path / "model.safetensors"
+    settings = {"rounds": ROUNDS, "schema": str(SCHEMA_PATH), "out": str(out), "min-devices": 3, "spare-steps": 0}
+    settings |= member(nodes, tmp_path)
+    with superlink(nodes) as link:
+        run = link.run(ROOT, settings, timeout_s=180)
+        card = load(out).privacy
+        # A device says that it takes part no more: the same settings cannot be met, and nobody is charged for it.
+        link.stop_node(2)
+        with pytest.raises(RunFailed, match="expected at least 3"):
+            link.run(ROOT, settings | {"timeout-s": 5.0}, timeout_s=180)
+    assert run.seconds < 170
+    assert card["plan"]["min_honest"] == 2
+    assert card["void"]
+    for config in nodes:
+        # The place of the session is the device's own, and for nobody else to read.
+        (place,) = Path(config["identity"] + ".sessions").glob("*.place")
+        assert place.stat().st_mode & 0o077 == 0
+        with PrivacyLedger.open(Path(config["ledger"])) as ledger:
+            (charged,) = ledger.summary().runs
+        assert (charged.reserved, charged.committed, charged.void) == (ROUNDS, ROUNDS, True)
 
 
 def test_flowers_simulation_runs_the_same_app(tmp_path: Path) -> None:

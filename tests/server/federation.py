@@ -15,6 +15,7 @@ from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.settings import RunConfig
 from fedinfer.simulation import InProcessGrid
+from fedinfer.sums.membership import opened
 
 # Whether the message of this type to this node (from 0) is lost.
 Lose = Callable[[str, int], bool]
@@ -79,6 +80,7 @@ def charged(node: Node) -> tuple[int, int]:
 def restart(node: Node) -> None:
     """The device's process is another one from here on: nothing of it is in memory."""
     open_device.__globals__["_open"].cache_clear()
+    opened.cache_clear()
     assert DeviceConfig.from_node(node)
 
 

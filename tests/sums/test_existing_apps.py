@@ -12,13 +12,13 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedinfer.cli.federation import Node, enlist
 from fedinfer.errors import RoundFailed, WireError
-from fedinfer.flower import error_kind
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.rules import FedAdaptive
 from fedinfer.settings import RunConfig
 from fedinfer.simulation import InProcessGrid, run_in_process
 from fedinfer.simulation.grid import run_on
 from fedinfer.sums import SecureFedAvg, secure
+from fedinfer.sums.messages import error_kind
 from fedinfer.sums.updates import arrays_of, content_digest, floats_in, update_of, with_floats
 from tests.simulation.third_party import numpy_app, sklearn_app, torch_app
 
