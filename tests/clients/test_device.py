@@ -162,7 +162,7 @@ def test_an_unexpected_error_is_an_internal_one(monkeypatch: pytest.MonkeyPatch)
     def fail(config: DeviceConfig) -> Device:
         raise ValueError("could not convert 'Secretvalue'")
 
-    monkeypatch.setattr("clients.app.open_device", fail)
+    monkeypatch.setattr("clients.sdk.open_device", fail)
     content = send({"partition-id": 0})
     assert error_kind(content) == "InternalError"
     assert "Secret" not in str(content)
