@@ -8,6 +8,7 @@ Reference: Ailon and Chazelle 2009, doi:10.1137/060673096; Suresh et al. 2017, a
 
 import hashlib
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,12 @@ def _transformed(wide: Floats) -> Floats:
     return np.asarray(out.reshape(-1))
 
 
+@lru_cache(maxsize=8)
 def _hadamard(size: int) -> Floats:
     """Sylvester's matrix (size, size), normalised."""
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / math.sqrt(size)
+    matrix /= math.sqrt(size)
+    matrix.flags.writeable = False
+    return matrix
