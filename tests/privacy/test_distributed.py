@@ -314,6 +314,10 @@ def test_only_clients_without_sampling_are_gdp(monkeypatch: pytest.MonkeyPatch) 
     assert mu is not None
     assert mu == pytest.approx(math.sqrt(10) / 6.0, rel=2e-3)
     assert gaussian_epsilon(mu=mu, delta=1e-5) == pytest.approx(CLIENTS.epsilon(), rel=1e-3)
+    coarse = replace(CLIENTS, bits=16)
+    deviation = math.sqrt(CLIENTS.min_honest * coarse.share_variance - 4)
+    assert coarse.gdp() == pytest.approx(math.sqrt(10) * coarse.sensitivity / deviation, rel=1e-9)
+    assert coarse.sensitivity > 1.01 * coarse.scale * coarse.clip_norm
     assert CLIENTS.accountant.startswith("analytic")
     assert EXAMPLES.accountant.startswith("PLD")
     assert EXAMPLES.adversary == "server"
