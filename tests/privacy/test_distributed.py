@@ -283,6 +283,16 @@ def test_loss_distributions_are_below_renyi_and_that_below_the_general_bound(pla
     assert plan.rdp(2.5) <= plan.rdp(3) * (1.0 + 1e-12)
 
 
+def test_epsilon_is_that_of_the_gaussian_at_what_roundings_leave_of_delta() -> None:
+    deviation = math.sqrt(3 * float(EXAMPLES.share_variance) - 4.0)
+    noise, doubt = deviation / EXAMPLES.sensitivity, EXAMPLES._grid.rounding_doubt
+    assert doubt is not None
+    left = 1e-5 - 2.0 * doubt * EXAMPLES.steps
+    assert 0.998e-5 <= left < 0.999e-5
+    expected = epsilon_of(noise_multiplier=noise, sampling_rate=0.5, steps=10, delta=left)
+    assert EXAMPLES.epsilon() == pytest.approx(expected, rel=1e-9)
+
+
 def test_renyi_divergences_are_those_of_the_gaussian_with_the_sure_sensitivity() -> None:
     sure = surely_within(EXAMPLES.scale * 2.0, EXAMPLES.padded)
     assert EXAMPLES._grid.sure_sensitivity == pytest.approx(sure, rel=1e-4)
