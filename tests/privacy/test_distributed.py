@@ -167,6 +167,17 @@ def test_a_client_rounds_until_its_norm_is_within_the_limit() -> None:
     assert all(np.linalg.norm(round_within(vector, stream, limit=limit)) <= limit for _ in range(100))
 
 
+def test_a_clients_encoded_vector_keeps_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A limit that a quarter of all roundings exceed, so that it shows whether they are tried again.
+    monkeypatch.setattr("fedinfer.privacy.sum_grid.DOUBT", 0.9)
+    plan, vector = replace(CLIENTS, bits=16), vectors(CLIENTS)[0]
+    cells = rotate(vector, text="r") * plan.scale
+    stream, limit = insecure_seeded_noise("limit"), plan._grid.rounded_norm
+    assert limit < plan.sensitivity < limit * (1 + 1e-4)
+    assert max(float(np.linalg.norm(round_up_or_down(cells, stream))) for _ in range(100)) > limit
+    assert all(np.linalg.norm(plan._rounded(vector, stream, rotation="r")) <= limit for _ in range(100))
+
+
 def test_rounding_is_unbiased_and_goes_to_a_neighbour() -> None:
     stream, values = insecure_seeded_noise("unbiased"), np.array([-2.75, -0.5, 0.0, 0.25, 7.0, 1e9 + 0.5])
     drawn = np.array([round_up_or_down(values, stream) for _ in range(4000)])
