@@ -5,7 +5,7 @@ A simulation of a `LocalTask` is exact: given a seed, each backend draws the sam
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,13 +18,14 @@ from flwr.serverapp import ServerApp
 
 from fedinfer.errors import BadUsage
 from fedinfer.local_app import SEED_KEY, LocalApp
-from fedinfer.privacy import insecure_seeded_noise, os_noise
+from fedinfer.privacy import PrivacyPlan
 from fedinfer.simulation.engines import Engine, OneByOne
 from fedinfer.simulation.flower_engine import run_by_flower
 from fedinfer.simulation.grid import Config, SimulatedGrid, run_on
 from fedinfer.simulation.meter import Meter, Metered
+from fedinfer.simulation.populated import PopulatedGrid
+from fedinfer.simulation.population import Population
 from fedinfer.simulation.processes import Processes
-from fedinfer.simulation.unreliable import Unreliable
 from fedinfer.simulation.vectorised import Vectorised
 
 Backend = Literal["vectorised", "process", "ray", "flower"]
@@ -62,15 +63,16 @@ def simulate(
     run_config: Config | None = None,
     workers: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
-    dropout: float = 0.0,
+    population: Population | None = None,
 ) -> SimulationResult:
     """Run `server_app` against `num_clients` nodes of `client_app`; node i has partition-id i.
 
     "vectorised" runs the ClientApp of a `LocalTask` as one program for whole cohorts, and any other one after another
     in this process; "process" uses a pool of `workers` processes; "ray" runs such programs on Ray workers, of the
     cluster that RAY_ADDRESS names if it is set; "flower" is Flower's own simulation, for comparison. With a `seed` the
-    clients' randomness and the global generators of Python, NumPy and torch are repeatable. Each message is lost with
-    probability `dropout` before it does anything, and its sender gets the error of a node that is not there.
+    clients' randomness and the global generators of Python, NumPy and torch are repeatable. With a
+    `population` nodes come and go, take their time on a virtual clock and fail (`populated.py`): the ServerApp's grid
+    is a `PopulatedGrid`.
 
     Guarantees: for a LocalTask and a seed every backend gives each client the same rows and noise, and the same
     answer up to rounding.
@@ -78,10 +80,8 @@ def simulate(
     """
     if type(num_clients) is not int or num_clients < 1:
         raise BadUsage(f"clients: got {num_clients}, expected a whole number of at least 1")
-    if not 0.0 <= dropout < 1.0:
-        raise BadUsage(f"dropout: got {dropout}, expected 0 to less than 1")
-    if dropout and backend == "flower":
-        raise BadUsage("dropout: got one for Flower's own simulation, which has none; expected another backend")
+    if population is not None and backend == "flower":
+        raise BadUsage("population: got one for Flower's own simulation, which has none; expected another backend")
     seeded: Mapping[str, int] = {SEED_KEY: seed} if seed is not None and isinstance(client_app, LocalApp) else {}
     meter = Meter()
     with repeatable(seed):
@@ -91,10 +91,11 @@ def simulate(
             )
         else:
             engine = _engine(client_app, backend, workers, memory_bytes)
-            stream = os_noise() if seed is None else insecure_seeded_noise(f"dropout {seed}")
             try:
-                grid = SimulatedGrid(
-                    Metered(Unreliable(engine, dropout, stream) if dropout else engine, meter),
+                grid = _grid(
+                    Metered(engine, meter),
+                    population=population,
+                    plan=client_app.task.plan if isinstance(client_app, LocalApp) else None,
                     nodes=num_clients,
                     configure=lambda index: {"partition-id": index, "num-partitions": num_clients, **seeded},
                     run_config=run_config or {},
@@ -126,6 +127,22 @@ def _engine(client_app: ClientApp, backend: str, workers: int | None, memory_byt
 
         return RayCohorts(client_app, memory_bytes=memory_bytes, workers=workers)
     raise BadUsage(f"backend: got {backend!r}, expected 'vectorised', 'process', 'ray' or 'flower'")
+
+
+def _grid(
+    engine: Engine,
+    *,
+    population: Population | None,
+    plan: PrivacyPlan | None,
+    nodes: int,
+    configure: Callable[[int], Config],
+    run_config: Config,
+) -> SimulatedGrid:
+    if population is None:
+        return SimulatedGrid(engine, nodes=nodes, configure=configure, run_config=run_config)
+    return PopulatedGrid(
+        engine, population=population, plan=plan, nodes=nodes, configure=configure, run_config=run_config
+    )
 
 
 @contextmanager

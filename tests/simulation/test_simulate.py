@@ -21,7 +21,7 @@ from torch.nn import functional
 import tests.simulation.third_party as third_party
 from fedinfer.errors import BadUsage
 from fedinfer.privacy import FixedSize, Poisson, PrivacyPlan
-from fedinfer.simulation import CohortSum, SimulatedGrid, simulate
+from fedinfer.simulation import CohortSum, Population, SimulatedGrid, simulate
 from fedinfer.simulation.records import LazyArray
 from fedinfer.training import LocalTask, Sgd
 
@@ -299,8 +299,7 @@ def test_a_million_nodes_cost_nothing_until_they_are_asked() -> None:
     [
         {"num_clients": 0},
         {"num_clients": 2, "backend": "clever"},
-        {"num_clients": 2, "dropout": 1.0},
-        {"num_clients": 2, "dropout": 0.5, "backend": "flower"},
+        {"num_clients": 2, "population": Population(dropout=0.5), "backend": "flower"},
     ],
 )
 def test_a_simulation_that_cannot_be_is_refused(fields: dict[str, object]) -> None:
@@ -391,7 +390,7 @@ def test_dropped_clients_are_errors_and_their_state_does_not_move() -> None:
         total = grid.sum_of_updates(content, grid.get_node_ids())
         assert total.replies + len(total.errors) == CLIENTS
 
-    simulate(app, task.client_app(load), num_clients=CLIENTS, seed=1, dropout=0.7)
+    simulate(app, task.client_app(load), num_clients=CLIENTS, seed=1, population=Population(dropout=0.7))
     assert all(len(replies) == CLIENTS for replies in seen)
     # A plan of four releases pays for two rounds that reached the client, however many did not.
     per_node = [sum(replies[node] for replies in seen) for node in seen[0]]
