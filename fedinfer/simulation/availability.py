@@ -22,6 +22,9 @@ Floats = NDArray[np.float64]
 # The number of events in a slot that holds one on average: beyond the last entry once in 10**17.
 POISSON = np.cumsum([math.exp(-1.0) / math.factorial(events) for events in range(18)])
 
+# Clients that are looked up together: their numbers stay near the processor.
+AT_ONCE = 1 << 14
+
 
 class Availability(Protocol):
     """When clients are there."""
@@ -77,20 +80,32 @@ class OnOff:
         check_positive("mean time off", self.mean_off_s)
 
     def stays_s(self, clients: Clients, at_s: Floats, *, seed: int) -> Floats:
+        at = np.broadcast_to(np.asarray(at_s, np.float64) / self._slot_s, clients.shape)
+        pieces = [slice(start, start + AT_ONCE) for start in range(0, len(clients), AT_ONCE)]
+        stays = [self._stays(clients[piece], at[piece], seed) for piece in pieces]
+        return self._slot_s * np.concatenate([np.zeros(0), *stays])
+
+    @property
+    def _slot_s(self) -> float:
+        """The mean time between events."""
+        return 1.0 / (1.0 / self.mean_on_s + 1.0 / self.mean_off_s)
+
+    def _stays(self, clients: Clients, at: Floats, seed: int) -> Floats:
+        """`stays_s` in slots: from the last event before `at` to the first one after it that turns the client off."""
         share = self.mean_on_s / (self.mean_on_s + self.mean_off_s)
-        slot_s = 1.0 / (1.0 / self.mean_on_s + 1.0 / self.mean_off_s)
-        at = np.broadcast_to(np.asarray(at_s, np.float64) / slot_s, clients.shape)
         last, on = np.full(len(clients), -math.inf), np.zeros(len(clients), np.bool_)
         for rows, times, marks in _events(clients, at, -1, last, seed):
-            newer = (times <= at[rows]) & (times > last[rows])
-            last[rows[newer]], on[rows[newer]] = times[newer], marks[newer] < share
+            before = times <= at[rows]
+            np.maximum.at(last, rows[before], times[before])
+            newest = times == last[rows]
+            on[rows[newest]] = marks[newest] < share
         there = np.flatnonzero(on)
         left = np.full(len(there), math.inf)
         for rows, times, marks in _events(clients[there], at[there], 1, left, seed):
-            sooner = (times > at[there[rows]]) & (times < left[rows]) & (marks >= share)
-            left[rows[sooner]] = times[sooner]
+            off = (times > at[there[rows]]) & (marks >= share)
+            np.minimum.at(left, rows[off], times[off])
         stays = np.zeros(len(clients))
-        stays[there] = (left - at[there]) * slot_s
+        stays[there] = left - at[there]
         return stays
 
 
@@ -153,16 +168,17 @@ class RecordedTrace:
 def _events(
     clients: Clients, at: Floats, step: int, found: Floats, seed: int
 ) -> Iterator[tuple[NDArray[np.intp], Floats, Floats]]:
-    """Rows, times and marks of events, slot after slot from that of `at` on, for rows where `found` is not finite.
+    """Events: whose they are, their times and their marks; slot after slot from that of `at` on.
 
-    A slot has length 1 and holds a Poisson number of events of mean 1.
+    A slot has length 1 and holds a Poisson number of events of mean 1. A client has no more of them once its entry of
+    `found` is finite.
     """
-    slot = np.floor(at).astype(np.int64)
-    rows = np.arange(len(clients))
-    while len(rows := rows[~np.isfinite(found[rows])]):
-        events = np.searchsorted(POISSON, uniform(seed, "events", clients[rows], slot[rows]))
-        for number in range(int(events.max())):
-            having = rows[events > number]
-            place = clients[having], slot[having], number
-            yield having, slot[having] + uniform(seed, "times", *place), uniform(seed, "marks", *place)
-        slot += step
+    slots = np.floor(at).astype(np.int64)
+    open_rows = np.arange(len(clients))
+    while len(open_rows := open_rows[~np.isfinite(found[open_rows])]):
+        counts = np.searchsorted(POISSON, uniform(seed, "events", clients[open_rows], slots[open_rows]))
+        rows = np.repeat(open_rows, counts)
+        numbers = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        draws = uniform(seed, "event", clients[rows], slots[rows], numbers, [[0], [1]])
+        yield rows, slots[rows] + draws[0], draws[1]
+        slots += step

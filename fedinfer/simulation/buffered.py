@@ -15,6 +15,7 @@ Reference: Nguyen et al. 2022, arXiv:2106.06639 (algorithm 1; weights 1 / sqrt(1
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -31,8 +32,15 @@ from fedinfer.simulation.populated import POLL_S, PopulatedGrid
 
 # A server that finds nobody so many times in a row gives up: a week.
 MOST_POLLS = 10_080
-# So many clients are drawn for each that is wanted; where they are not enough, all clients are looked through.
-DRAWS = 8
+# So many clients are drawn for each that is wanted, and each time so many times more, before all are looked through.
+DRAWS = 16
+
+
+class Model(NamedTuple):
+    """What clients are sent, and the same numbers as one vector (d,)."""
+
+    content: RecordDict
+    weights: Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +117,13 @@ class FedBuff:
     def _steps(
         self, grid: PopulatedGrid, arrays: ArrayRecord, steps: int, stream: NoiseStream
     ) -> Iterator[BufferedStep]:
-        weights = _flat(arrays, arrays)
-        state = self.rule.init(weights)
+        model = Model(RecordDict({ARRAYS: arrays}), _flat(arrays, arrays))
+        state = self.rule.init(model.weights)
         crew = Crew(grid, concurrency=self.concurrency, period=self.period, stream=stream)
-        buffer = Buffer(size=len(weights), plan=self.plan)
+        buffer = Buffer(size=len(model.weights), plan=self.plan)
         number = 0
-        content = RecordDict({ARRAYS: arrays})
         while number < steps:
-            crew.start(content, number)
+            crew.start(model, number)
             for reply in grid.pull_messages(crew.at_work):
                 sent, staleness = crew.land(reply, number)
                 if reply.has_error():
@@ -125,13 +132,14 @@ class FedBuff:
                 buffer.add(reply, sent, staleness)
                 if len(buffer.staleness) < self.buffer:
                     continue
-                weights, state = self.rule.step(weights, -buffer.mean(stream), state)
+                weights, state = self.rule.step(model.weights, -buffer.mean(stream), state)
+                record = _record(weights, arrays)
+                model = Model(RecordDict({ARRAYS: record}), weights)
                 number += 1
-                content = RecordDict({ARRAYS: _record(weights, arrays)})
                 yield BufferedStep(
                     number=number,
                     at_s=grid.clock.now_s,
-                    arrays=_record(weights, arrays),
+                    arrays=record,
                     staleness=tuple(buffer.staleness),
                     lost=buffer.lost,
                     loss=buffer.loss,
@@ -149,7 +157,7 @@ class Crew:
         self._concurrency = concurrency
         self._period = period
         self._stream = stream
-        self._flights: dict[str, tuple[int, int, RecordDict]] = {}
+        self._flights: dict[str, tuple[int, int, Model]] = {}
         self._busy: set[int] = set()
         self._last_step: dict[int, int] = {}
 
@@ -158,29 +166,29 @@ class Crew:
         """The ids of the messages that have no answer yet."""
         return list(self._flights)
 
-    def start(self, content: RecordDict, number: int) -> None:
-        """Send `content`, the model after step `number`, until enough are at work; wait for somebody, if need be.
+    def start(self, model: Model, number: int) -> None:
+        """Send `model`, that of step `number`, until enough are at work; wait for somebody, if need be.
 
         Raises: RoundFailed if nobody comes.
         """
         for _ in range(MOST_POLLS):
             chosen = self._chosen(self._concurrency - len(self._busy), number)
-            messages = [self._grid.create_message(content, "train", node, str(number + 1)) for node in chosen]
+            messages = [self._grid.create_message(model.content, "train", node, str(number + 1)) for node in chosen]
             for key, node in zip(self._grid.push_messages(messages), chosen, strict=True):
-                self._flights[key] = (node, number, content)
+                self._flights[key] = (node, number, model)
             self._busy.update(chosen)
             if self._flights:
                 return
             self._grid.clock.move_to(self._grid.clock.now_s + POLL_S)
         raise RoundFailed(f"step {number + 1}: got nobody to ask for a week, expected somebody; look at the trace")
 
-    def land(self, reply: Message, number: int) -> tuple[RecordDict, int]:
+    def land(self, reply: Message, number: int) -> tuple[Model, int]:
         """What the sender of `reply` had been sent, and how many of the `number` steps were taken since."""
-        node, since, content = self._flights.pop(reply.metadata.reply_to_message_id)
+        node, since, model = self._flights.pop(reply.metadata.reply_to_message_id)
         self._busy.remove(node)
         if not reply.has_error():
             self._last_step[node] = number + 1
-        return content, number - since
+        return model, number - since
 
     def _chosen(self, count: int, number: int) -> list[int]:
         """At most `count` nodes, uniformly from those that are there, idle and not in one of the last steps."""
@@ -188,9 +196,11 @@ class Crew:
             return []
         nodes = self._grid.nodes
         found: list[int] = []
-        if DRAWS * count < len(nodes):
-            drawn = nodes.start + np.floor(self._stream.uniform(DRAWS * count) * len(nodes)).astype(np.int64)
-            found = self._free(list(dict.fromkeys(drawn.tolist())), number)[:count]
+        draws = DRAWS * count
+        while len(found) < count and draws < len(nodes):
+            drawn = nodes.start + np.floor(self._stream.uniform(draws) * len(nodes)).astype(np.int64)
+            found = list(dict.fromkeys([*found, *self._free(drawn.tolist(), number)]))[:count]
+            draws *= DRAWS
         if len(found) < count:
             rest = sorted(set(self._free(nodes, number)) - set(found))
             order = np.argsort(self._stream.uniform(len(rest)), kind="stable")
@@ -224,15 +234,15 @@ class Buffer:
             return None
         return float(np.mean(self._losses))
 
-    def add(self, reply: Message, sent: RecordDict, staleness: int) -> None:
+    def add(self, reply: Message, sent: Model, staleness: int) -> None:
         """Add an update, weighted by 1 / sqrt(1 + staleness).
 
         Raises: BadInput if the reply has no arrays, or others than were sent.
         """
-        before, after = _arrays(sent), _arrays(reply.content)
+        before, after = _arrays(sent.content), _arrays(reply.content)
         if set(before) != set(after):
             raise BadInput(f"reply: got arrays {sorted(after)}, expected {sorted(before)}")
-        update = _flat(after, before) - _flat(before, before)
+        update = _flat(after, before) - sent.weights
         if self._plan is not None:
             update = clip_update(update, clip_norm=self._plan.clip_norm)
         self._sum += update.astype(np.float64) / np.sqrt(1.0 + staleness)
