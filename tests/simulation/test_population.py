@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -340,3 +341,14 @@ def test_the_first_answers_are_refused_where_a_place_may_go_to_another() -> None
 def test_a_population_that_cannot_be_is_refused(kind: type, fields: dict[str, float]) -> None:
     with pytest.raises(BadUsage, match="expected"):
         kind(**fields)
+
+
+def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "simulation.md").read_text(encoding="utf-8")
+    examples = [
+        code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "num_clients=1000, seed" not in code
+    ]
+    assert len(examples) == 2
+    for code in examples:
+        exec(code, {})
+    assert "step 20 after" in capsys.readouterr().out
