@@ -14,7 +14,8 @@ Load = Callable[[int, int], tuple[Tensor, Tensor]]
 # In the node's own configuration, which its owner writes: a server cannot make a device's noise predictable.
 SEED_KEY = "insecure-simulation-seed"
 STATE_KEY = "fedinfer-local-task"
-ARRAYS, METRICS = "arrays", "metrics"
+MEMORY_KEY = "fedinfer-local-memory"
+ARRAYS, METRICS, CONTROL = "arrays", "metrics", "control"
 
 
 class Update(Protocol):
@@ -24,6 +25,10 @@ class Update(Protocol):
     def loss(self) -> float | None: ...
     @property
     def examples(self) -> int: ...
+    @property
+    def auxiliary(self) -> Mapping[str, Tensor]: ...
+    @property
+    def memory(self) -> Mapping[str, Tensor]: ...
 
 
 class Task(Protocol):
@@ -33,17 +38,33 @@ class Task(Protocol):
     def plan(self) -> PrivacyPlan | None: ...
     @property
     def releases(self) -> int: ...
-    def train(self, state: Mapping[str, Tensor], x: Tensor, y: Tensor, stream: NoiseStream, *, done: int) -> Update: ...
-    def evaluate(self, state: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[float, int]: ...
+    def train(
+        self,
+        state: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        stream: NoiseStream,
+        *,
+        done: int,
+        memory: Mapping[str, Tensor] | None,
+        control: Mapping[str, Tensor] | None,
+    ) -> Update: ...
+    def evaluate(
+        self, state: Mapping[str, Tensor], x: Tensor, y: Tensor, *, memory: Mapping[str, Tensor] | None
+    ) -> tuple[float, int]: ...
 
 
 class Visit(NamedTuple):
-    """One node's turn in a round: its rows are `load(partition, partitions)`, its plan has made `done` releases."""
+    """One node's turn in a round: its rows are `load(partition, partitions)`, its plan has made `done` releases.
+
+    `memory` is what its algorithm kept of its last turn, None before the first.
+    """
 
     partition: int
     partitions: int
     done: int
     seed: str | None
+    memory: Mapping[str, Tensor] | None
 
     def stream(self) -> NoiseStream:
         """Fresh randomness from the operating system; with a seed the same at each call."""
@@ -52,6 +73,9 @@ class Visit(NamedTuple):
 
 class LocalApp(ClientApp):
     """Answers "train" with the new weights ("arrays") and, in "metrics", `num-examples` and without a plan `loss`.
+
+    SCAFFOLD's control variates come and go beside the weights, as "control". What an algorithm keeps from round to
+    round is in the node's `Context.state`, and never in an answer.
 
     With a plan `num-examples` is the constant 1, no loss leaves, and "evaluate" is refused. Releases are counted in
     the node's `Context.state` before rows are touched, and one more than the plan has is refused; Flower keeps that
@@ -72,7 +96,11 @@ class LocalApp(ClientApp):
             turn = self.visit(context)
             x, y = self.rows(turn.partition, turn.partitions)
             with hidden_errors(private=task.plan is not None):
-                update = task.train(state, x, y, turn.stream(), done=turn.done)
+                update = task.train(
+                    state, x, y, turn.stream(), done=turn.done, memory=turn.memory, control=control_in(message.content)
+                )
+            if update.memory:
+                context.state[MEMORY_KEY] = record_of(update.memory)
             return self.reply(message, update)
 
         @self.evaluate()
@@ -82,13 +110,14 @@ class LocalApp(ClientApp):
                     "evaluation: got a task with a plan, which accounts for no loss; expected none"
                 )
             x, y = self.rows(*place_of(context))
-            loss, examples = task.evaluate(weights_in(message.content), x, y)
+            loss, examples = task.evaluate(weights_in(message.content), x, y, memory=memory_in(context))
             return Message(reply_content(None, loss, examples), reply_to=message)
 
     def reply(self, message: Message, update: Update) -> Message:
         """The answer to `message`."""
-        arrays = ArrayRecord({name: tensor.contiguous() for name, tensor in update.state.items()})
-        return Message(reply_content(arrays, update.loss, update.examples), reply_to=message)
+        control = record_of(update.auxiliary) if update.auxiliary else None
+        content = reply_content(record_of(update.state), update.loss, update.examples, control)
+        return Message(content, reply_to=message)
 
     def visit(self, context: Context) -> Visit:
         """Count this turn in the node's state, then say what it is.
@@ -110,7 +139,7 @@ class LocalApp(ClientApp):
             record["releases"] = done + self.task.releases
         seed = context.node_config.get(SEED_KEY)
         own = None if seed is None else f"local task {seed}/{partition}/{visits}"
-        return Visit(partition=partition, partitions=partitions, done=done, seed=own)
+        return Visit(partition=partition, partitions=partitions, done=done, seed=own, memory=memory_in(context))
 
     def rows(self, partition: int, partitions: int) -> tuple[Tensor, Tensor]:
         """The rows of a node."""
@@ -156,12 +185,34 @@ def weights_in(content: RecordDict) -> Mapping[str, Tensor]:
     return record.to_torch_state_dict()
 
 
-def reply_content(arrays: ArrayRecord | None, loss: float | None, examples: int) -> RecordDict:
+def control_in(content: RecordDict) -> Mapping[str, Tensor] | None:
+    """The control variates in a message's content, if there are any."""
+    record = content.get(CONTROL)
+    return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else None
+
+
+def memory_in(context: Context) -> Mapping[str, Tensor] | None:
+    """What an algorithm kept in a node's state, if it did."""
+    record = context.state.get(MEMORY_KEY)
+    return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else None
+
+
+def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Tensors as a record of Flower's."""
+    return ArrayRecord({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def reply_content(
+    arrays: ArrayRecord | None, loss: float | None, examples: int, control: ArrayRecord | None = None
+) -> RecordDict:
     """The content of an answer."""
     metrics = MetricRecord({"num-examples": examples})
     if loss is not None:
         metrics["loss"] = loss
-    return RecordDict({METRICS: metrics} if arrays is None else {ARRAYS: arrays, METRICS: metrics})
+    content = RecordDict({METRICS: metrics} if arrays is None else {ARRAYS: arrays, METRICS: metrics})
+    if control is not None:
+        content[CONTROL] = control
+    return content
 
 
 def _whole(record: MetricRecord, name: str) -> int:

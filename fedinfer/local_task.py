@@ -6,8 +6,9 @@ Because it is data, the same task runs on one device (`train`, here) and for a w
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedinfer.algorithms import (
+    Algorithm,
+    Ditto,
+    FedAvg,
+    LocalParameters,
+    Named,
+    Pull,
+    Scaffold,
+    control_moves,
+    first_memory,
+    personal_pull,
+    shared_pull,
+)
 from fedinfer.errors import BadUsage, ShapeMismatch
-from fedinfer.optimisers import Optimiser
+from fedinfer.optimisers import Optimiser, Sgd
 from fedinfer.privacy import NoiseStream, PrivacyPlan, clipped_gradient
 from fedinfer.privacy.row_by_row import row_by_row
 
@@ -37,11 +51,14 @@ class LocalUpdate:
 
     Without a plan `loss` is the mean over the steps of the batch's mean loss before the step, and `examples` is the
     number of rows. With a plan `loss` is None, because no plan accounts for it, and `examples` is the constant 1.
+    `auxiliary` is what an algorithm sends beside the weights. `memory` never leaves: the device keeps it.
     """
 
     state: Mapping[str, Tensor] = field(repr=False)
     loss: float | None = field(repr=False)
     examples: int = field(repr=False)
+    auxiliary: Named = field(repr=False)
+    memory: Named = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,9 +78,12 @@ class LocalTask:
     With a plan of unit "client" a device trains as without one, clips its whole update to `plan.clip_norm` and says
     nothing else; whoever sums the updates must release the sum by the plan. The server is trusted.
 
-    Guarantees: with a plan of unit "example" the update is a function of `releases` releases of the plan and
-    of nothing else that is private; with unit "client" it differs from the weights sent by at most `plan.clip_norm`
-    in L2 norm, over all parameters together.
+    `algorithm` says what is done besides: see `fedinfer/algorithms.py`. What it keeps on the device is the `memory`
+    of one round, given to the next.
+
+    Guarantees: with a plan of unit "example" the update is a function of `releases` releases of the plan, of those of
+    earlier rounds and of nothing else that is private, whatever the algorithm; with unit "client" it differs from the
+    weights sent by at most `plan.clip_norm` in L2 norm, over all parameters together.
     """
 
     model: nn.Module
@@ -73,6 +93,7 @@ class LocalTask:
     epochs: int | None = None
     batch_size: int | None = None
     plan: PrivacyPlan | None = None
+    algorithm: Algorithm = field(default_factory=FedAvg)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -88,6 +109,25 @@ class LocalTask:
                 f"plan: got one for {self.example_plan.min_honest} honest devices, expected 1; local steps have no "
                 "secure sum between them"
             )
+        if isinstance(self.algorithm, Scaffold):
+            if not (isinstance(self.optimiser, Sgd) and self.optimiser.momentum == 0.0):
+                raise BadUsage(f"scaffold: got {self.optimiser}, expected Sgd without momentum")
+            if self.plan is not None and self.example_plan is None:
+                raise BadUsage(
+                    "scaffold: got a plan of unit 'client', which clips weights alone, expected unit 'example' or none"
+                )
+        # A pattern that fits no parameter is an error here and not on every device.
+        _ = self.local_names
+
+    @cached_property
+    def local_names(self) -> tuple[str, ...]:
+        """The trained parameters that stay on the device."""
+        return self.algorithm.of(self.model) if isinstance(self.algorithm, LocalParameters) else ()
+
+    @cached_property
+    def trained_names(self) -> tuple[str, ...]:
+        """The names of the parameters that training moves, each once."""
+        return tuple(name for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
     @property
     def example_plan(self) -> PrivacyPlan | None:
@@ -126,67 +166,176 @@ class LocalTask:
         return found[:count]
 
     def train(
-        self, state: Mapping[str, Tensor], x: Tensor, y: Tensor, stream: NoiseStream, *, done: int = 0
+        self,
+        state: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        stream: NoiseStream,
+        *,
+        done: int = 0,
+        memory: Named | None = None,
+        control: Named | None = None,
     ) -> LocalUpdate:
-        """One round on one device, from `state`; `done` counts the releases that the plan has already made.
+        """One round on one device, from `state`.
 
-        Raises: ShapeMismatch if x and y differ in length; torch's own errors for a state that is not the model's.
+        `done` counts the releases that the plan has already made, `memory` is what the device kept of its last round,
+        and `control` is SCAFFOLD's c, by the names of trained parameters.
+
+        Raises: ShapeMismatch if x and y differ in length; BadUsage for a control variate that is not one; torch's own
+        errors for a state that is not the model's.
         """
         check_rows(x, y)
         net = copy.deepcopy(self.model).train()
         net.load_state_dict(dict(state))
-        loss = None
+        memory, control = self.entering(dict(trained(net)), memory, control)
         if self.example_plan is not None:
-            self._private_steps(net, x, y, stream, done)
+            check_ordinary(net.state_dict())
+            row_by_row(net).double()
+            x, y, memory, control = in_double(x), in_double(y), all_in_double(memory), all_in_double(control)
+        weights = dict(trained(net))
+        sent = {name: weight.clone() for name, weight in weights.items()}
+        memory = memory or first_memory(self.algorithm, sent, self.local_names)
+        for name in self.local_names:
+            weights[name].copy_(memory[name])
+        pull = shared_pull(self.algorithm, sent, memory, control)
+        loss = 0.0
+        if self.example_plan is not None:
+            batches = self._private_steps(net, x, y, stream, done, pull)
         else:
-            loss = self._plain_steps(net, x, y, stream)
-        if self.plan is None:
-            return LocalUpdate(state=net.state_dict(), loss=loss, examples=len(x))
-        moved = net.state_dict()
-        if self.plan.unit == "client":
-            names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
-            before, after = [state[name][None] for name in names], [moved[name][None] for name in names]
-            clip_updates(before, after, clip_norm=self.plan.clip_norm)
-        # What is not a trained weight, running statistics above all, has had neither a clip nor noise: it stays here.
-        trained = {name for name, p in net.named_parameters(remove_duplicate=False) if p.requires_grad}
-        kept = {name: moved[name].to(old.dtype) if name in trained else old for name, old in state.items()}
-        return LocalUpdate(state=kept, loss=None, examples=1)
+            batches = self.batches(len(x), lambda: stream)
+            loss = self._plain_steps(net, x, y, batches, pull)
+        moved = {name: weight.clone() for name, weight in weights.items()}
+        fixed = {name: tensor.clone() for name, tensor in net.state_dict().items() if name not in moved}
+        own_pull = personal_pull(self.algorithm, sent)
+        if own_pull is not None:
+            for name, weight in weights.items():
+                weight.copy_(memory[name])
+            self._plain_steps(net, x, y, batches, own_pull)
+            memory = weights
+        memory, auxiliary = self.leaving(sent, moved, memory, control, len(batches))
+        own = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        examples, shown = (len(x), loss) if self.plan is None else (1, None)
+        return LocalUpdate(
+            state=self._answer(state, moved, fixed),
+            loss=shown,
+            examples=examples,
+            auxiliary={name: tensor.to(own[name]) for name, tensor in auxiliary.items()},
+            memory={name: tensor.to(own[name]) for name, tensor in memory.items()},
+        )
 
-    def evaluate(self, state: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[float, int]:
-        """The mean loss over all rows, and their number: for the device's own eyes if there is a plan."""
+    def entering(self, like: Named, memory: Named | None, control: Named | None) -> tuple[Named, Named]:
+        """The memory, empty if there is none yet, and the control variate, both in the types of the weights `like`.
+
+        The memory is not looked at: Ditto's comes from rows without noise, and a refusal would tell of it.
+
+        Raises: BadUsage for a control variate that is not one of this model.
+        """
+        memory = {name: tensor.to(like[name].dtype) for name, tensor in (memory or {}).items()}
+        if not isinstance(self.algorithm, Scaffold):
+            return memory, {}
+        control = control or {}
+        if {name: tensor.shape for name, tensor in control.items()} != {n: w.shape for n, w in like.items()}:
+            raise BadUsage(
+                f"scaffold: got control variates {sorted(control)}, expected one of the shape of each trained "
+                "parameter; a server that sends them is fedinfer.simulation.ScaffoldStrategy"
+            )
+        if self.example_plan is not None:
+            check_ordinary(control)
+        return memory, {name: control[name].to(weight.dtype) for name, weight in like.items()}
+
+    def leaving(
+        self, sent: Named, moved: Named, memory: Named, control: Named, steps: int | Tensor
+    ) -> tuple[Named, Named]:
+        """What the device remembers and what it sends beside the weights, after `steps` () or (clients,) steps."""
+        if isinstance(self.algorithm, LocalParameters):
+            return {name: moved[name] for name in self.local_names}, {}
+        if not isinstance(self.algorithm, Scaffold):
+            return memory, {}
+        assert isinstance(self.optimiser, Sgd)
+        moves = control_moves(sent, moved, control, torch.as_tensor(steps) * self.optimiser.lr)
+        return {name: memory[name] + move for name, move in moves.items()}, moves
+
+    def evaluate(
+        self, state: Mapping[str, Tensor], x: Tensor, y: Tensor, *, memory: Named | None = None
+    ) -> tuple[float, int]:
+        """The mean loss over all rows, and their number: for the device's own eyes if there is a plan.
+
+        Local parameters and Ditto's personal model are those of `memory`, if there is one.
+        """
         check_rows(x, y)
         net = copy.deepcopy(self.model).eval()
         net.load_state_dict(dict(state))
+        if memory and isinstance(self.algorithm, LocalParameters | Ditto):
+            for name, parameter in net.named_parameters():
+                if name in memory:
+                    parameter.detach().copy_(memory[name])
         with torch.no_grad():
             return (float(self.loss(net(x), y).mean()) if len(x) else 0.0), len(x)
 
-    def _plain_steps(self, net: nn.Module, x: Tensor, y: Tensor, stream: NoiseStream) -> float:
+    def _plain_steps(
+        self, net: nn.Module, x: Tensor, y: Tensor, batches: Sequence[Indices], pull: Pull | None
+    ) -> float:
+        """A step on each batch; a batch without rows has a gradient of zero."""
         weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        optimiser_state = self.optimiser.start([weight.detach() for weight in weights])
-        batches = self.batches(len(x), lambda: stream)
+        values = [weight.detach() for weight in weights]
+        optimiser_state = self.optimiser.start(values)
         total = 0.0
         for number, batch in enumerate(batches, start=1):
-            rows = torch.from_numpy(batch)
-            mean = self.loss(net(x[rows]), y[rows]).mean()
-            gradients = torch.autograd.grad(mean, weights)
-            total += float(mean.detach())
-            self.optimiser.step([weight.detach() for weight in weights], gradients, optimiser_state, number)
+            gradients: Sequence[Tensor] = [torch.zeros_like(value) for value in values]
+            if len(batch):
+                rows = torch.from_numpy(batch)
+                mean = self.loss(net(x[rows]), y[rows]).mean()
+                gradients = torch.autograd.grad(mean, weights)
+                total += float(mean.detach())
+            if pull is not None:
+                gradients = pull.added(values, gradients)
+            self.optimiser.step(values, gradients, optimiser_state, number)
         return total / max(1, len(batches))
 
-    def _private_steps(self, net: nn.Module, x: Tensor, y: Tensor, stream: NoiseStream, done: int) -> None:
+    def _private_steps(
+        self, net: nn.Module, x: Tensor, y: Tensor, stream: NoiseStream, done: int, pull: Pull | None
+    ) -> list[Indices]:
+        """The steps of an example plan; the rows that it sampled for each, which are private."""
         plan = self.example_plan
         assert plan is not None
-        check_ordinary(net.state_dict())
-        row_by_row(net).double()
-        x, y = in_double(x), in_double(y)
         weights = [parameter.detach() for parameter in net.parameters() if parameter.requires_grad]
         optimiser_state = self.optimiser.start(weights)
+        batches = []
         for number in range(1, self.releases + 1):
-            rows = torch.from_numpy(plan.sample(len(x), stream, step=done + number))
+            batches.append(plan.sample(len(x), stream, step=done + number))
+            rows = torch.from_numpy(batches[-1])
             sums = clipped_gradient(net, self.loss, x[rows], y[rows], clip_norm=plan.clip_norm)
             total = torch.cat([gradient.reshape(-1) for gradient in sums.values()])
             released = torch.from_numpy(plan.release(total.numpy(), stream)).double()
-            self.optimiser.step(weights, cut(released, weights), optimiser_state, number)
+            gradients = cut(released, weights)
+            if pull is not None:
+                # No row is in it: it is added to what was released, and the release is what it was.
+                gradients = pull.added(weights, gradients)
+            self.optimiser.step(weights, gradients, optimiser_state, number)
+        return batches
+
+    def _answer(self, sent: Mapping[str, Tensor], moved: Named, fixed: Named) -> dict[str, Tensor]:
+        """The state that leaves: `moved` trained parameters, clipped if the plan says so, and buffers as in `fixed`."""
+        first = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        known = {n: first[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in first}
+        shared = {place: name for place, name in known.items() if name not in self.local_names}
+        if self.plan is not None and self.plan.unit == "client":
+            names = [name for name in moved if name in shared]
+            before, after = [sent[name][None] for name in names], [moved[name][None] for name in names]
+            clip_updates(before, after, clip_norm=self.plan.clip_norm)
+        answer = {}
+        for name, old in sent.items():
+            if name in shared:
+                answer[name] = moved[shared[name]] if self.plan is None else moved[shared[name]].to(old.dtype)
+            else:
+                # Under a plan running statistics have had neither a clip nor noise, and stay here as local ones do.
+                answer[name] = fixed[name] if self.plan is None and name not in known else old
+        return answer
+
+
+def trained(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The values of the parameters that training moves, each once."""
+    return ((name, parameter.detach()) for name, parameter in net.named_parameters() if parameter.requires_grad)
 
 
 def check_rows(x: Tensor, y: Tensor) -> None:
@@ -205,6 +354,11 @@ def check_ordinary(state: Mapping[str, Tensor]) -> None:
 def in_double(tensor: Tensor) -> Tensor:
     """Floating-point numbers in double precision; class numbers as they are."""
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def all_in_double(tensors: Named) -> Named:
+    """The same tensors in double precision."""
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

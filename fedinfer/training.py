@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedinfer.algorithms import Ditto as Ditto
+from fedinfer.algorithms import FedAvg as FedAvg
+from fedinfer.algorithms import FedProx as FedProx
+from fedinfer.algorithms import LocalParameters as LocalParameters
+from fedinfer.algorithms import Scaffold as Scaffold
 from fedinfer.arrays import Vector, flatten, unflatten
 from fedinfer.data import Table
 from fedinfer.errors import BadUsage, ShapeMismatch

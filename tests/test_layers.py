@@ -13,7 +13,7 @@ LAYERS = (
     ("rules", "combiners"),
     ("settings",),
     ("card",),
-    ("optimisers", "local_app"),
+    ("algorithms", "optimisers", "local_app"),
     ("local_task",),
     ("training",),
     ("evaluating",),

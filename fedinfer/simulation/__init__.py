@@ -8,6 +8,7 @@ from fedinfer.simulation.grid import InProcessGrid, SimulatedGrid, run_in_proces
 from fedinfer.simulation.populated import PopulatedGrid
 from fedinfer.simulation.population import LogNormalSeconds, Population, SameSeconds
 from fedinfer.simulation.run import SimulationResult, simulate
+from fedinfer.simulation.scaffold import ScaffoldStrategy, ServerControl
 
 __all__ = [
     "Always",
@@ -22,6 +23,8 @@ __all__ = [
     "Population",
     "RecordedTrace",
     "SameSeconds",
+    "ScaffoldStrategy",
+    "ServerControl",
     "SimulatedGrid",
     "SimulationResult",
     "Wait",

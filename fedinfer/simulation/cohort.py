@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedinfer.local_task import Indices, LocalTask, clip_updates, cut
+from fedinfer.algorithms import Named, Pull, first_memory, personal_pull, shared_pull
+from fedinfer.local_task import Indices, LocalTask, all_in_double, clip_updates, cut
 from fedinfer.privacy import NoiseStream, PrivacyPlan
 from fedinfer.simulation.stacked import Stack, State
 
@@ -18,12 +19,14 @@ RELEASED_AT_ONCE = 1 << 16
 
 
 class Turn(Protocol):
-    """Where a client's randomness comes from, and how many releases its plan has made."""
+    """Where a client's randomness comes from, how many releases its plan has made, and what it remembers."""
 
     @property
     def done(self) -> int: ...
     @property
     def seed(self) -> str | None: ...
+    @property
+    def memory(self) -> Named | None: ...
     def stream(self) -> NoiseStream: ...
 
 
@@ -32,6 +35,8 @@ class Member(Protocol):
 
     @property
     def state(self) -> State: ...
+    @property
+    def control(self) -> Named: ...
     @property
     def x(self) -> Tensor: ...
     @property
@@ -42,16 +47,16 @@ class Member(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """`weights` (C, *shape) by trained parameter; row r belongs to member `order[r]`, as does `losses[r]`."""
+    """`weights` (C, *shape) by trained parameter; row r belongs to member `order[r]`, as does `losses[r]`.
+
+    So do the rows of what an algorithm sends beside the weights and of what each member is to remember.
+    """
 
     order: Sequence[int]
-    weights: Sequence[Tensor] = field(repr=False)
+    weights: Named = field(repr=False)
     losses: Sequence[float] | None = field(repr=False)
-
-
-def trained_names(task: LocalTask) -> list[str]:
-    """The names of the parameters that training moves."""
-    return [name for name, parameter in task.model.named_parameters() if parameter.requires_grad]
+    auxiliary: Named = field(repr=False)
+    memory: Named = field(repr=False)
 
 
 def train_chunk(task: LocalTask, stack: Stack, members: Sequence[Member]) -> Trained:
@@ -60,19 +65,41 @@ def train_chunk(task: LocalTask, stack: Stack, members: Sequence[Member]) -> Tra
     Guarantees: each member's weights are those that `LocalTask.train` gives, up to rounding.
     """
     stack.use(members[0].state)
-    if task.example_plan is not None:
-        return _private(task, stack, members)
-    batches = [task.batches(len(member.x), member.turn.stream) for member in members]
-    order = sorted(range(len(members)), key=lambda index: (-len(batches[index]), len(members[index].x)))
-    members, batches = [members[index] for index in order], [batches[index] for index in order]
-    start = _start(task, members)
-    weights = [weight.clone() for weight in start]
-    totals = _plain(task, stack, members, batches, weights)
-    losses: list[float] | None = [total / max(1, len(own)) for total, own in zip(totals.tolist(), batches, strict=True)]
-    if task.plan is not None:
-        clip_updates(start, weights, clip_norm=task.plan.clip_norm)
-        losses = None
-    return Trained(order=order, weights=weights, losses=losses)
+    private = task.example_plan is not None
+    order = list(range(len(members)))
+    batches: list[list[Indices]] = []
+    if not private:
+        batches = [task.batches(len(member.x), member.turn.stream) for member in members]
+        order.sort(key=lambda index: (-len(batches[index]), len(members[index].x)))
+        members, batches = [members[index] for index in order], [batches[index] for index in order]
+    begin = _start(task, members)
+    sent = all_in_double(begin) if private else begin
+    control = _stacked([member.control for member in members], sent if members[0].control else {})
+    memory = _remembered(task, members, sent)
+    weights = {name: memory[name] if name in task.local_names else weight for name, weight in sent.items()}
+    weights = {name: weight.clone() for name, weight in weights.items()}
+    pull = shared_pull(task.algorithm, sent, memory, control)
+    losses: list[float] | None = None
+    if private:
+        batches = _private(task, stack, members, list(weights.values()), pull)
+    else:
+        totals = _plain(task, stack, members, batches, list(weights.values()), pull).tolist()
+        losses = [total / max(1, len(own)) for total, own in zip(totals, batches, strict=True)]
+    own_pull = personal_pull(task.algorithm, sent)
+    if own_pull is not None:
+        memory = {name: weight.clone() for name, weight in memory.items()}
+        _plain(task, stack, members, batches, list(memory.values()), own_pull)
+    memory, auxiliary = task.leaving(sent, weights, memory, control, torch.tensor([len(own) for own in batches]))
+    shared = {name: weight for name, weight in weights.items() if name not in task.local_names}
+    if task.plan is not None and not private:
+        clip_updates([sent[name] for name in shared], list(shared.values()), clip_norm=task.plan.clip_norm)
+    return Trained(
+        order=order,
+        weights=_as(begin, shared),
+        losses=losses if task.plan is None else None,
+        auxiliary=_as(begin, auxiliary),
+        memory=_as(begin, memory),
+    )
 
 
 def _plain(
@@ -81,6 +108,7 @@ def _plain(
     members: Sequence[Member],
     batches: Sequence[Sequence[Indices]],
     weights: Sequence[Tensor],
+    pull: Pull | None,
 ) -> Tensor:
     """Move `weights` in place; the sums (C,) of the batches' mean losses. Members have fewer and fewer batches."""
     x, y, starts = _joined(members)
@@ -91,42 +119,45 @@ def _plain(
         now = [own[number - 1] for own in batches[:active]]
         sizes = {(len(batch), len(member.x)) for batch, member in zip(now, members, strict=False)}
         first_size, first_rows = next(iter(sizes))
-        if len(sizes) == 1 and first_size == first_rows:
+        if len(sizes) == 1 and first_size == first_rows > 0:
             # Everybody's batch is all of its rows, and all have as many: the rows lie as they are needed.
             batch_x, batch_y = x[: active * first_size], y[: active * first_size]
             share = torch.full((active, first_size), 1.0 / first_size, dtype=weights[0].dtype)
         else:
             index, present = _gathered(now, starts)
             batch_x, batch_y = x[index], y[index]
-            share = present.to(weights[0].dtype) / present.sum(1, keepdim=True)
+            share = present.to(weights[0].dtype) / present.sum(1, keepdim=True).clamp_min(1)
         moving = [weight[:active] for weight in weights]
         gradients, losses = stack.gradients(moving, batch_x, batch_y, share)
         totals[:active] += (losses * share).sum(1)
+        if pull is not None:
+            gradients = pull.of_first(active).added(moving, gradients)
         task.optimiser.step(moving, gradients, [[tensor[:active] for tensor in part] for part in state], number)
     return totals
 
 
-def _private(task: LocalTask, stack: Stack, members: Sequence[Member]) -> Trained:
+def _private(
+    task: LocalTask, stack: Stack, members: Sequence[Member], weights: Sequence[Tensor], pull: Pull | None
+) -> list[list[Indices]]:
+    """Move `weights` in place by releases of the example plan; the rows that each member sampled."""
     plan = task.example_plan
     assert plan is not None
     x, y, starts = _joined(members)
-    begin = _start(task, members)
-    weights = [weight.clone().double() for weight in begin]
     state = task.optimiser.start(weights)
     streams = _streams(members)
+    batches: list[list[Indices]] = [[] for _ in members]
     for number in range(1, task.releases + 1):
-        chosen = [
-            plan.sample(len(member.x), stream, step=member.turn.done + number)
-            for member, stream in zip(members, streams, strict=True)
-        ]
-        index, present = _gathered(chosen, starts)
+        for own, member, stream in zip(batches, members, streams, strict=True):
+            own.append(plan.sample(len(member.x), stream, step=member.turn.done + number))
+        index, present = _gathered([own[-1] for own in batches], starts)
         sums = stack.clipped(weights, x[index], y[index], present, plan.clip_norm)
         totals = torch.cat([gradient.flatten(1) for gradient in sums], dim=1).numpy()
         released = _released(plan, totals, streams)
-        one = [weight[0] for weight in weights]
-        task.optimiser.step(weights, cut(torch.from_numpy(released).double(), one), state, number)
-    moved = [weight.to(old.dtype) for weight, old in zip(weights, begin, strict=True)]
-    return Trained(order=range(len(members)), weights=moved, losses=None)
+        gradients = cut(torch.from_numpy(released).double(), [weight[0] for weight in weights])
+        if pull is not None:
+            gradients = pull.added(weights, gradients)
+        task.optimiser.step(weights, gradients, state, number)
+    return batches
 
 
 def _streams(members: Sequence[Member]) -> list[NoiseStream]:
@@ -150,13 +181,37 @@ def _released(plan: PrivacyPlan, totals: NDArray[np.float64], streams: Sequence[
     return np.concatenate(parts).reshape(totals.shape)
 
 
-def _start(task: LocalTask, members: Sequence[Member]) -> list[Tensor]:
-    """The weights (C, *shape) that the members were sent; one tensor for all if they were sent the same."""
-    names, first = trained_names(task), members[0].state
-    own = {name: parameter.dtype for name, parameter in task.model.named_parameters()}
-    if all(member.state is first for member in members):
-        return [first[name].to(own[name]).expand(len(members), *first[name].shape) for name in names]
-    return [torch.stack([member.state[name].to(own[name]) for member in members]) for name in names]
+def _start(task: LocalTask, members: Sequence[Member]) -> Named:
+    """The weights (C, *shape) that the members were sent."""
+    own = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    return _stacked([member.state for member in members], own)
+
+
+def _remembered(task: LocalTask, members: Sequence[Member], sent: Named) -> Named:
+    """What the members (C, *shape) remember, or would before their first round."""
+    first = first_memory(task.algorithm, sent, task.local_names)
+    return {
+        name: torch.stack(
+            [
+                default[row] if member.turn.memory is None else member.turn.memory[name].to(default.dtype)
+                for row, member in enumerate(members)
+            ]
+        )
+        for name, default in first.items()
+    }
+
+
+def _stacked(each: Sequence[Named], like: Named) -> Named:
+    """The members' tensors (C, *shape) by the names and in the types of `like`; one for all if all have the same."""
+    first = each[0]
+    if all(own is first for own in each):
+        return {name: first[name].to(old.dtype).expand(len(each), *first[name].shape) for name, old in like.items()}
+    return {name: torch.stack([own[name].to(old.dtype) for own in each]) for name, old in like.items()}
+
+
+def _as(like: Named, tensors: Named) -> Named:
+    """Tensors in the types of those of the same names in `like`."""
+    return {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
 
 
 def _joined(members: Sequence[Member]) -> tuple[Tensor, Tensor, list[int]]:

@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from fedinfer.errors import BadUsage
+from fedinfer.local_app import CONTROL
 
 _PREFIX = uuid.uuid4().hex
 _numbers = itertools.count()
@@ -38,10 +39,12 @@ class CohortSum:
     """What a server needs of a cohort when it only needs the sum.
 
     `update` is the sum over replies of `num-examples` times (new weights - weights sent), by name; `weight` is the
-    sum of `num-examples`, and `loss` their mean loss weighted so, or None where none was said.
+    sum of `num-examples`, and `loss` their mean loss weighted so, or None where none was said. `auxiliary` is the same
+    weighted sum of what replies carry beside the weights, as SCAFFOLD's do; empty where they carry nothing.
     """
 
     update: Mapping[str, NDArray[np.float64]] = field(repr=False)
+    auxiliary: Mapping[str, NDArray[np.float64]] = field(repr=False)
     weight: float
     loss: float | None
     replies: int
@@ -116,6 +119,7 @@ class Summing:
 
     def __init__(self) -> None:
         self.update: dict[str, NDArray[np.float64]] = {}
+        self.auxiliary: dict[str, NDArray[np.float64]] = {}
         self.weight = 0.0
         self.replies = 0
         self.errors: list[Message] = []
@@ -124,12 +128,13 @@ class Summing:
 
     def add(self, update: Mapping[str, NDArray[Any]], *, weight: float, replies: int) -> None:
         """Add the weighted sum `update` of some replies."""
-        for name, part in update.items():
-            if name not in self.update:
-                self.update[name] = np.zeros(part.shape)
-            self.update[name] += part
+        _add(self.update, update)
         self.weight += weight
         self.replies += replies
+
+    def add_auxiliary(self, auxiliary: Mapping[str, NDArray[Any]]) -> None:
+        """Add the weighted sum of what some replies carry beside the weights."""
+        _add(self.auxiliary, auxiliary)
 
     def add_losses(self, weighted: float, count: int) -> None:
         """Add the weighted sum of the losses of `count` replies."""
@@ -139,6 +144,7 @@ class Summing:
     def join(self, other: CohortSum) -> None:
         """Add a sum of other replies."""
         self.add(other.update, weight=other.weight, replies=other.replies)
+        self.add_auxiliary(other.auxiliary)
         self.errors += other.errors
         if other.loss is not None:
             self.add_losses(other.weight * other.loss, other.replies)
@@ -147,8 +153,20 @@ class Summing:
         """The sum so far."""
         mean = self._loss / self.weight if self.weight and self._losses == self.replies else None
         return CohortSum(
-            update=self.update, weight=self.weight, loss=mean, replies=self.replies, errors=tuple(self.errors)
+            update=self.update,
+            auxiliary=self.auxiliary,
+            weight=self.weight,
+            loss=mean,
+            replies=self.replies,
+            errors=tuple(self.errors),
         )
+
+
+def _add(sums: dict[str, NDArray[np.float64]], parts: Mapping[str, NDArray[Any]]) -> None:
+    for name, part in parts.items():
+        if name not in sums:
+            sums[name] = np.zeros(part.shape)
+        sums[name] += part
 
 
 def total_of(tasks: Sequence[Task], replies: Iterable[Message]) -> CohortSum:
@@ -171,6 +189,9 @@ def total_of(tasks: Sequence[Task], replies: Iterable[Message]) -> CohortSum:
             raise BadUsage("sum of updates: got a reply without num-examples, expected one number")
         after = _arrays(reply.content)
         summing.add({name: weight * (after[name] - before[name]) for name in before}, weight=weight, replies=1)
+        if len(reply.content.array_records) > 1:
+            beside = reply.content.array_records[CONTROL]
+            summing.add_auxiliary({name: weight * array.numpy() for name, array in beside.items()})
         if isinstance(loss := metrics.get("loss"), int | float):
             summing.add_losses(weight * loss, 1)
     return summing.result()
@@ -178,6 +199,8 @@ def total_of(tasks: Sequence[Task], replies: Iterable[Message]) -> CohortSum:
 
 def _arrays(content: RecordDict) -> dict[str, NDArray[Any]]:
     records = list(content.array_records.values())
+    if len(records) == 2 and CONTROL in content.array_records:
+        records = [record for name, record in content.array_records.items() if name != CONTROL]
     if len(records) != 1:
         raise BadUsage(f"sum of updates: got {len(records)} records of arrays in a message, expected one")
     return {name: array.numpy().astype(np.float64) for name, array in records[0].items()}

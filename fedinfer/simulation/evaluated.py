@@ -8,6 +8,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
+from fedinfer.algorithms import Ditto, LocalParameters
 from fedinfer.local_app import LocalApp, place_of, reply_content, weights_in
 from fedinfer.local_task import LocalTask
 from fedinfer.simulation.engines import Task, answer, sealed
@@ -43,7 +44,8 @@ def evaluations(app: LocalApp, task: LocalTask, kept: KeptRows, asked: Sequence[
 
 def _block(app: LocalApp, task: LocalTask, block: Sequence[Task], rows: Sequence[Rows]) -> Iterator[Message]:
     means: list[float] | None = None
-    if task.plan is None:
+    # Where clients keep weights of their own, no two are evaluated at the same.
+    if task.plan is None and not isinstance(task.algorithm, LocalParameters | Ditto):
         try:
             state = weights_in(block[0].content)
             means = mean_losses(task, state, rows)

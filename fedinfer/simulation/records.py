@@ -1,6 +1,6 @@
 """Flower's records for many replies at little cost: bytes are made when somebody asks for them, and not before."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -55,18 +55,33 @@ class Replies:
         self._dtypes = {name: str(sent[name].numpy().dtype) for name in aliases}
 
     def reply(
-        self, message: Message, weights: Mapping[str, NDArray[Any]], row: int, loss: float | None, examples: int
+        self,
+        message: Message,
+        weights: Mapping[str, NDArray[Any]],
+        row: int,
+        loss: float | None,
+        examples: int,
+        controls: Mapping[str, NDArray[Any]],
     ) -> Message:
-        """The answer to `message` with row `row` of the stacked `weights`."""
+        """The answer to `message` with row `row` of the stacked `weights`, and of `controls` if there are any."""
         record = ArrayRecord()
         for name in self._names:
             if name in self._aliases:
                 record[name] = LazyArray(weights[self._aliases[name]][row], self._dtypes[name])
             else:
                 record[name] = self._fixed[name]
-        return Message(reply_content(record, loss, examples), reply_to=message)
+        control = row_record({name: values[row] for name, values in controls.items()}) if controls else None
+        return Message(reply_content(record, loss, examples, control), reply_to=message)
 
 
-def stacked_arrays(names: Sequence[str], weights: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
-    """Weights (C, *shape) by name."""
-    return {name: weight.numpy() for name, weight in zip(names, weights, strict=True)}
+def row_record(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """A record of arrays that are in memory."""
+    record = ArrayRecord()
+    for name, array in values.items():
+        record[name] = LazyArray(array, str(array.dtype))
+    return record
+
+
+def stacked_arrays(weights: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Stacked tensors (C, *shape) as arrays."""
+    return {name: weight.numpy() for name, weight in weights.items()}

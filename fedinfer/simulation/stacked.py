@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedinfer.algorithms import Ditto
 from fedinfer.errors import BadUsage
 from fedinfer.local_task import LocalTask, in_double
-from fedinfer.privacy import clipped_gradient
+from fedinfer.privacy import PrivacyPlan, clipped_gradient
 from fedinfer.privacy.bookkeeping import MARGIN
 
 State = Mapping[str, Tensor]
@@ -266,27 +267,51 @@ def _agree(task: LocalTask, stack: Stack, state: State, probes: Sequence[Rows]) 
         index, present = padded([len(x) for x, _ in probes])
         x = torch.cat([x for x, _ in probes])[index]
         y = torch.cat([y for _, y in probes])[index]
-        if plan is None:
+        if plan is None or isinstance(task.algorithm, Ditto):
             share = present.to(near[0].dtype) / present.sum(1, keepdim=True)
-            got, _ = stack.gradients(near, x, y, share)
-        else:
-            got = stack.clipped(near, x, y, present, plan.clip_norm)
-        for client, (own_x, own_y) in enumerate(probes):
-            for weight, other in zip(weights, near, strict=True):
-                weight.copy_(other[client])
-            buffers = [buffer.clone() for buffer in net.buffers()]
-            if plan is None:
-                mean = task.loss(net(own_x), own_y).mean()
-                expected = list(torch.autograd.grad(mean, [p for p in net.parameters() if p.requires_grad]))
-            else:
-                sums = clipped_gradient(net, task.loss, in_double(own_x), in_double(own_y), clip_norm=plan.clip_norm)
-                expected = list(sums.values())
-            if any(not torch.equal(old, new) for old, new in zip(buffers, net.buffers(), strict=True)):
-                raise BadUsage("model: got buffers that change in training, as those of BatchNorm do")
-            one = torch.cat([gradient[client].flatten() for gradient in got])
-            other = torch.cat([gradient.flatten() for gradient in expected])
-            if not bool((one - other).norm() <= TOLERANCE.get(one.dtype, 1e-3) * other.norm()):
-                raise BadUsage("model: got another gradient when examples share a batch or numbers are drawn anew")
+            _same(net, weights, near, probes, stack.gradients(near, x, y, share)[0], _mean_gradients(task, plan))
+        if plan is not None:
+            _same(net, weights, near, probes, stack.clipped(near, x, y, present, plan.clip_norm), _sums(task, plan))
+
+
+Gradients = Callable[[nn.Module, Tensor, Tensor], list[Tensor]]
+
+
+def _mean_gradients(task: LocalTask, plan: PrivacyPlan | None) -> Gradients:
+    def gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+        x, y = (x, y) if plan is None else (in_double(x), in_double(y))
+        return list(torch.autograd.grad(task.loss(net(x), y).mean(), [p for p in net.parameters() if p.requires_grad]))
+
+    return gradients
+
+
+def _sums(task: LocalTask, plan: PrivacyPlan) -> Gradients:
+    def gradients(net: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+        return list(clipped_gradient(net, task.loss, in_double(x), in_double(y), clip_norm=plan.clip_norm).values())
+
+    return gradients
+
+
+def _same(
+    net: nn.Module,
+    weights: Sequence[Tensor],
+    near: Sequence[Tensor],
+    probes: Sequence[Rows],
+    got: Sequence[Tensor],
+    device: Gradients,
+) -> None:
+    """Raises: BadUsage unless `got` are the gradients of the device's own code at the weights `near`."""
+    for client, (x, y) in enumerate(probes):
+        for weight, other in zip(weights, near, strict=True):
+            weight.copy_(other[client])
+        buffers = [buffer.clone() for buffer in net.buffers()]
+        expected = device(net, x, y)
+        if any(not torch.equal(old, new) for old, new in zip(buffers, net.buffers(), strict=True)):
+            raise BadUsage("model: got buffers that change in training, as those of BatchNorm do")
+        one = torch.cat([gradient[client].flatten() for gradient in got])
+        other = torch.cat([gradient.flatten() for gradient in expected])
+        if not bool((one - other).norm() <= TOLERANCE.get(one.dtype, 1e-3) * other.norm()):
+            raise BadUsage("model: got another gradient when examples share a batch or numbers are drawn anew")
 
 
 def padded(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

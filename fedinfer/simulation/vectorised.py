@@ -14,13 +14,24 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
+from fedinfer.algorithms import Named
 from fedinfer.errors import BadUsage
-from fedinfer.local_app import ARRAYS, LocalApp, Visit, hidden_errors, weights_in
+from fedinfer.local_app import (
+    ARRAYS,
+    CONTROL,
+    MEMORY_KEY,
+    LocalApp,
+    Visit,
+    control_in,
+    hidden_errors,
+    record_of,
+    weights_in,
+)
 from fedinfer.local_task import LocalTask, LocalUpdate, check_ordinary
-from fedinfer.simulation.cohort import Trained, train_chunk, trained_names
+from fedinfer.simulation.cohort import Trained, train_chunk
 from fedinfer.simulation.engines import CohortSum, Summing, Task, answer, error_reply, sealed
 from fedinfer.simulation.evaluated import evaluations
-from fedinfer.simulation.records import Replies, stacked_arrays
+from fedinfer.simulation.records import Replies, row_record, stacked_arrays
 from fedinfer.simulation.rows import KeptRows, size_bytes
 from fedinfer.simulation.stacked import Stack, State, choose
 
@@ -38,6 +49,7 @@ class Ready(NamedTuple):
     task: Task
     turn: Visit
     state: State
+    control: Named
     x: Tensor
     y: Tensor
 
@@ -71,8 +83,9 @@ class Vectorised:
         self._make: Callable[[], Stack] | None = None
         self._refused = False
         self._stacks: queue.SimpleQueue[Stack] = queue.SimpleQueue()
-        self._names = trained_names(self._task)
         self._aliases = _aliases(self._task)
+        local = self._task.local_names
+        self._shared = {place: name for place, name in self._aliases.items() if name not in local}
         self._update_bytes = sum(size_bytes(parameter) for parameter in self._task.model.parameters())
 
     def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
@@ -90,14 +103,15 @@ class Vectorised:
                 yield sealed(self._single(client, outcome))
             if done.trained is None:
                 continue
-            weights = stacked_arrays(self._names, done.trained.weights)
+            weights = stacked_arrays(done.trained.weights)
+            controls = stacked_arrays(done.trained.auxiliary)
             for row, index in enumerate(done.trained.order):
                 client = done.clients[index]
                 maker = makers.get(id(client.state))
                 if maker is None:
-                    maker = makers[id(client.state)] = Replies(client.state, self._aliases)
+                    maker = makers[id(client.state)] = Replies(client.state, self._shared)
                 loss = None if done.trained.losses is None else done.trained.losses[row]
-                yield sealed(maker.reply(client.task.message(), weights, row, loss, self._examples(client)))
+                yield sealed(maker.reply(client.task.message(), weights, row, loss, self._examples(client), controls))
 
     def total(self, tasks: Sequence[Task]) -> CohortSum:
         if any(task.message_type not in TRAINING for task in tasks):
@@ -119,6 +133,9 @@ class Vectorised:
                         for name, tensor in outcome.state.items()
                     }
                     summing.add(moved, weight=weight, replies=1)
+                    summing.add_auxiliary(
+                        {name: weight * tensor.double().numpy() for name, tensor in outcome.auxiliary.items()}
+                    )
                     if outcome.loss is not None:
                         summing.add_losses(weight * outcome.loss, 1)
         return summing.result()
@@ -131,14 +148,20 @@ class Vectorised:
         weight = torch.tensor([float(self._examples(client)) for client in ordered])
         one = all(client.state is ordered[0].state for client in ordered)
         sums: dict[str, Tensor] = {}
-        for name, after in zip(self._names, trained.weights, strict=True):
+        for name, after in trained.weights.items():
             start = ordered[0].state[name][None] if one else torch.stack([client.state[name] for client in ordered])
             sums[name] = torch.tensordot(weight.to(after.dtype), after - start, dims=1)
         moved = {
-            name: sums[self._aliases[name]].numpy() if name in self._aliases else torch.zeros_like(tensor).numpy()
+            name: sums[self._shared[name]].numpy() if name in self._shared else torch.zeros_like(tensor).numpy()
             for name, tensor in ordered[0].state.items()
         }
         summing.add(moved, weight=float(weight.sum()), replies=len(ordered))
+        summing.add_auxiliary(
+            {
+                name: torch.tensordot(weight.to(part.dtype), part, dims=1).numpy()
+                for name, part in trained.auxiliary.items()
+            }
+        )
         if trained.losses is not None:
             weighted = [one * loss for one, loss in zip(weight.tolist(), trained.losses, strict=True)]
             summing.add_losses(sum(weighted), len(ordered))
@@ -154,22 +177,31 @@ class Vectorised:
     def _done(self, tasks: Sequence[Task]) -> Iterator[Done | Message]:
         """Chunks as they are done; an error reply for each client that could not be made ready."""
         states: dict[int, State] = {}
+        controls: dict[int, Named] = {}
         block: list[Ready] = []
+        here: set[int] = set()
         held = 0
         for task in tasks:
-            ready = self._ready(task, states)
+            if task.context.node_id in here:
+                # A node that is asked twice remembers the first time when it comes to the second.
+                yield from self._run(block)
+                block, held = [], 0
+                here.clear()
+            ready = self._ready(task, states, controls)
             if isinstance(ready, Message):
                 yield ready
                 continue
             block.append(ready)
+            here.add(task.context.node_id)
             held += size_bytes(ready.x) + size_bytes(ready.y) + self._update_bytes
             if held > self._memory_bytes:
                 yield from self._run(block)
                 block, held = [], 0
+                here.clear()
         if block:
             yield from self._run(block)
 
-    def _ready(self, task: Task, states: dict[int, State]) -> Ready | Message:
+    def _ready(self, task: Task, states: dict[int, State], controls: dict[int, Named]) -> Ready | Message:
         try:
             state = states.get(id(task.content))
             if state is None:
@@ -178,8 +210,12 @@ class Vectorised:
                 if record not in states:
                     states[record] = _checked(weights_in(task.content), self._task)
                 state = states[id(task.content)] = states[record]
+            given = id(task.content.get(CONTROL))
+            if given not in controls:
+                own = {name: state[name] for name in self._task.trained_names}
+                controls[given] = self._task.entering(own, None, control_in(task.content))[1]
             turn = self._app.visit(task.context)
-            return Ready(task, turn, state, *self._kept.of(turn.partition, turn.partitions))
+            return Ready(task, turn, state, controls[given], *self._kept.of(turn.partition, turn.partitions))
         except Exception as error:
             return error_reply(task.message(), error)
 
@@ -212,7 +248,9 @@ class Vectorised:
             except queue.Empty:
                 stack = self._make()
             try:
-                return Done(clients=clients, trained=train_chunk(self._task, stack, clients), singles=())
+                trained = train_chunk(self._task, stack, clients)
+                self._remember(clients, trained)
+                return Done(clients=clients, trained=trained, singles=())
             except Exception:
                 # One client's rows spoil a whole chunk: alone, each gets its own answer or its own error.
                 log.debug("a chunk of %d clients runs one after another", len(clients), exc_info=True)
@@ -221,11 +259,33 @@ class Vectorised:
         return Done(clients=clients, trained=None, singles=[self._alone(client) for client in clients])
 
     def _alone(self, client: Ready) -> LocalUpdate | Exception:
+        turn = client.turn
         try:
             with hidden_errors(private=self._task.plan is not None):
-                return self._task.train(client.state, client.x, client.y, client.turn.stream(), done=client.turn.done)
+                update = self._task.train(
+                    client.state,
+                    client.x,
+                    client.y,
+                    turn.stream(),
+                    done=turn.done,
+                    memory=turn.memory,
+                    control=client.control,
+                )
         except Exception as error:
             return error
+        if update.memory:
+            client.task.context.state[MEMORY_KEY] = record_of(update.memory)
+        return update
+
+    def _remember(self, clients: Sequence[Ready], trained: Trained) -> None:
+        """Give each client's node what its algorithm keeps."""
+        if not trained.memory:
+            return
+        memory = stacked_arrays(trained.memory)
+        for row, index in enumerate(trained.order):
+            # A copy: one node's row must not hold those of all its chunk.
+            own = {name: values[row].copy() for name, values in memory.items()}
+            clients[index].task.context.state[MEMORY_KEY] = row_record(own)
 
     def _chunks(self, clients: Sequence[Ready]) -> Iterator[Sequence[Ready]]:
         fixed = {id(client.state): client.state for client in clients}

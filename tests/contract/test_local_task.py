@@ -12,15 +12,17 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedinfer.algorithms import Algorithm
 from fedinfer.errors import BadUsage
-from fedinfer.local_app import SEED_KEY, LocalApp
+from fedinfer.local_app import MEMORY_KEY, SEED_KEY, LocalApp
+from fedinfer.local_task import trained
 from fedinfer.optimisers import Optimiser
 from fedinfer.privacy import Cyclic, Poisson, PrivacyPlan, insecure_seeded_noise
 from fedinfer.simulation.engines import Engine, OneByOne
 from fedinfer.simulation.grid import SimulatedGrid, run_on
 from fedinfer.simulation.stacked import LinearStack, VmapStack, choose
 from fedinfer.simulation.vectorised import Vectorised
-from fedinfer.training import Adam, LocalTask, Sgd
+from fedinfer.training import Adam, Ditto, FedAvg, FedProx, LocalParameters, LocalTask, Scaffold, Sgd
 
 SIZES = (7, 0, 1, 12, 5, 12, 30)
 INPUTS, CLASSES = 6, 3
@@ -67,6 +69,24 @@ MODELS = {
 }
 KINDS = [(model, plan) for model in MODELS for plan in ("none", "example", "client")]
 OPTIMISERS = {"sgd": Sgd(lr=0.2), "momentum": Sgd(lr=0.1, momentum=0.7), "adam": Adam(lr=0.02)}
+LAST = {"mlp": "2.*", "own forward": "last.*", "convolution": "5.*", "tied": "two.*"}
+ALGORITHMS = {
+    "fedprox": dict.fromkeys(LAST, FedProx(mu=0.3)),
+    "scaffold": dict.fromkeys(LAST, Scaffold()),
+    "local": {model: LocalParameters(names=(pattern,)) for model, pattern in LAST.items()},
+    "ditto": dict.fromkeys(LAST, Ditto(mu=0.3)),
+}
+ALGORITHM_CASES = [
+    (model, algorithm, plan, "sgd" if algorithm == "scaffold" else "adam", torch.float64)
+    for model in LAST
+    for algorithm in ALGORITHMS
+    for plan in ("none", "example", "client")
+    if (algorithm, plan) != ("scaffold", "client")
+] + [
+    ("mlp", algorithm, plan, "sgd" if algorithm == "scaffold" else "momentum", torch.float32)
+    for algorithm in ALGORITHMS
+    for plan in ("none", "example")
+]
 
 
 def plan_of(kind: str) -> PrivacyPlan | None:
@@ -93,16 +113,36 @@ def loader(dtype: torch.dtype):
     return load
 
 
-def task_of(model: str, optimiser: Optimiser, plan: str, dtype: torch.dtype, *, epochs: bool = False) -> LocalTask:
+def task_of(
+    model: str,
+    optimiser: Optimiser,
+    plan: str,
+    dtype: torch.dtype,
+    *,
+    epochs: bool = False,
+    algorithm: Algorithm = FedAvg(),  # noqa: B008 (frozen)
+) -> LocalTask:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         net = MODELS[model]().to(dtype)
     times = {"epochs": 2} if epochs else {"steps": 3}
-    return LocalTask(model=net, loss=cross_entropy, optimiser=optimiser, batch_size=5, plan=plan_of(plan), **times)
+    return LocalTask(
+        model=net,
+        loss=cross_entropy,
+        optimiser=optimiser,
+        batch_size=5,
+        plan=plan_of(plan),
+        algorithm=algorithm,
+        **times,
+    )
 
 
 def answers(engine: Engine, task: LocalTask, rounds: int = 2) -> Iterator[Mapping[int, RecordDict]]:
-    """What each node answers in each round; in the second each is sent what it answered in the first."""
+    """What each node answers in each round; in the second each is sent what it answered in the first.
+
+    Besides it is sent control variates, where the task wants them, and after the last round asked to evaluate. What a
+    node remembers stands beside its answer, as "memory".
+    """
     grid = SimulatedGrid(
         engine,
         nodes=len(SIZES),
@@ -116,15 +156,30 @@ def answers(engine: Engine, task: LocalTask, rounds: int = 2) -> Iterator[Mappin
     def main(grid: Grid, context: Context) -> None:
         start = ArrayRecord(task.model.state_dict())
         sent = {node: RecordDict({"arrays": start}) for node in grid.get_node_ids()}
-        for _ in range(rounds):
-            replies = list(grid.send_and_receive([Message(own, node, "train") for node, own in sent.items()]))
-            assert not any(reply.has_error() for reply in replies), [r.error for r in replies if r.has_error()]
-            found.append({reply.metadata.src_node_id: reply.content for reply in replies})
+        for number in range(rounds):
+            if isinstance(task.algorithm, Scaffold):
+                control = {n: torch.full_like(v, 0.1 * (number + 1)) for n, v in trained(task.model)}
+                record = ArrayRecord(control)
+                for content in sent.values():
+                    content["control"] = record
+            found.append(asked(grid, "train", sent))
             sent = {node: RecordDict({"arrays": own["arrays"]}) for node, own in found[-1].items()}
+            for node, own in found[-1].items():
+                kept = grid._contexts[node].state.get(MEMORY_KEY)
+                if kept is not None:
+                    own["memory"] = ArrayRecord(kept.to_torch_state_dict())
+        if task.plan is None:
+            found.append(asked(grid, "evaluate", sent))
 
     run_on(app, grid, {})
     engine.close()
     yield from found
+
+
+def asked(grid: Grid, kind: str, sent: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
+    replies = list(grid.send_and_receive([Message(own, node, kind) for node, own in sent.items()]))
+    assert not any(reply.has_error() for reply in replies), [r.error for r in replies if r.has_error()]
+    return {reply.metadata.src_node_id: reply.content for reply in replies}
 
 
 def check_same(task: LocalTask, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,10 +190,13 @@ def check_same(task: LocalTask, dtype: torch.dtype, caplog: pytest.LogCaptureFix
         for expected, got in pairs:
             assert set(expected) == set(got)
             for node, own in expected.items():
-                for name, array in own["arrays"].items():
-                    want, have = array.numpy(), got[node]["arrays"][name].numpy()
-                    assert have.dtype == want.dtype
-                    assert np.abs(have - want).max() <= tolerance * np.abs(want).max()
+                assert set(own) == set(got[node])
+                for record, arrays in own.array_records.items():
+                    assert set(arrays) == set(got[node][record])
+                    for name, array in arrays.items():
+                        want, have = array.numpy(), got[node][record][name].numpy()
+                        assert have.dtype == want.dtype
+                        assert np.abs(have - want).max() <= tolerance * np.abs(want).max()
                 assert set(own["metrics"]) == set(got[node]["metrics"])
                 assert own["metrics"]["num-examples"] == got[node]["metrics"]["num-examples"]
                 if "loss" in own["metrics"]:
@@ -165,6 +223,21 @@ def test_the_same_in_single_precision(model: str, plan: str, caplog: pytest.LogC
 def test_epochs_of_clients_with_unlike_numbers_of_batches(optimiser: str, caplog: pytest.LogCaptureFixture) -> None:
     task = task_of("mlp", OPTIMISERS[optimiser], "none", torch.float64, epochs=True)
     check_same(task, torch.float64, caplog)
+
+
+@pytest.mark.parametrize(("model", "algorithm", "plan", "optimiser", "dtype"), ALGORITHM_CASES)
+def test_an_algorithm_is_the_same_for_a_cohort(
+    model: str, algorithm: str, plan: str, optimiser: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = task_of(
+        model,
+        OPTIMISERS[optimiser],
+        plan,
+        dtype,
+        epochs=plan == "none" and dtype == torch.float64,
+        algorithm=ALGORITHMS[algorithm][model],
+    )
+    check_same(task, dtype, caplog)
 
 
 @pytest.mark.parametrize("epochs", [False, True])
