@@ -39,8 +39,8 @@ class CohortSum:
     """What a server needs of a cohort when it only needs the sum.
 
     `update` is the sum over replies of `num-examples` times (new weights - weights sent), by name; `weight` is the
-    sum of `num-examples`, and `loss` their mean loss weighted so, or None where none was said. `auxiliary` is the same
-    weighted sum of what replies carry beside the weights, as SCAFFOLD's do; empty where they carry nothing.
+    sum of `num-examples`, and `loss` their mean loss weighted so, or None where none was said. `auxiliary` is the sum,
+    with no weights, of what replies carry beside, as SCAFFOLD's do; empty where they carry nothing.
     """
 
     update: Mapping[str, NDArray[np.float64]] = field(repr=False)
@@ -133,7 +133,7 @@ class Summing:
         self.replies += replies
 
     def add_auxiliary(self, auxiliary: Mapping[str, NDArray[Any]]) -> None:
-        """Add the weighted sum of what some replies carry beside the weights."""
+        """Add the sum of what some replies carry beside the weights."""
         _add(self.auxiliary, auxiliary)
 
     def add_losses(self, weighted: float, count: int) -> None:
@@ -191,7 +191,7 @@ def total_of(tasks: Sequence[Task], replies: Iterable[Message]) -> CohortSum:
         summing.add({name: weight * (after[name] - before[name]) for name in before}, weight=weight, replies=1)
         if len(reply.content.array_records) > 1:
             beside = reply.content.array_records[CONTROL]
-            summing.add_auxiliary({name: weight * array.numpy() for name, array in beside.items()})
+            summing.add_auxiliary({name: array.numpy() for name, array in beside.items()})
         if isinstance(loss := metrics.get("loss"), int | float):
             summing.add_losses(weight * loss, 1)
     return summing.result()

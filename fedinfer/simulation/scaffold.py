@@ -18,11 +18,10 @@ from fedinfer.local_task import LocalTask, trained
 
 
 class ServerControl:
-    """The server's c, and how it moves.
+    """The server's c: the mean of the c_i of all devices, as long as none of their moves is lost.
 
-    A round moves c by (devices that answered / all devices) times the mean of their moves, with the weights by which
-    the server averages the weights themselves: so that c is the direction of the same objective. Where all devices
-    have as many rows that is the paper's rule.
+    Each device counts the same. So SCAFFOLD finds a minimum of the mean of the devices' mean losses, with whatever
+    weights the server averages what they send.
     """
 
     def __init__(self, task: LocalTask) -> None:
@@ -36,12 +35,11 @@ class ServerControl:
         """What goes beside the weights, as "control"; one object until it moves."""
         return self._record
 
-    def move(self, auxiliary: Mapping[str, NDArray[Any]], *, weight: float, share: float) -> None:
-        """Move by `share` of the mean, from the weighted sum `auxiliary` and the sum of the weights."""
-        if weight == 0.0:
-            return
+    def move(self, auxiliary: Mapping[str, NDArray[Any]], *, devices: int) -> None:
+        """Move by the sum `auxiliary` of the moves of some of all `devices`."""
         self._values = {
-            name: (value + share * auxiliary[name] / weight).astype(value.dtype) for name, value in self._values.items()
+            name: (value + auxiliary[name] / devices).astype(value.dtype) if name in auxiliary else value
+            for name, value in self._values.items()
         }
         self._record = self._made()
 
@@ -74,16 +72,12 @@ class ScaffoldStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
-        good = [reply for reply in replies if not reply.has_error()]
         sums: dict[str, NDArray[np.float64]] = {}
-        total = 0.0
-        for reply in good:
-            weight = _weight(reply.content)
-            total += weight
-            for name, array in _taken(reply.content).items():
-                sums[name] = sums.get(name, 0.0) + weight * array.numpy().astype(np.float64)
-        if good:
-            self._control.move(sums, weight=total, share=len(good) / self._devices)
+        for reply in replies:
+            if not reply.has_error():
+                for name, array in _taken(reply.content).items():
+                    sums[name] = sums.get(name, np.float64(0.0)) + array.numpy()
+        self._control.move(sums, devices=self._devices)
         return self._inner.aggregate_train(server_round, replies)
 
     def configure_evaluate(
@@ -103,11 +97,3 @@ def _taken(content: RecordDict) -> ArrayRecord:
     if not isinstance(record, ArrayRecord):
         raise BadUsage("scaffold: got an answer without a control variate, expected those of a task with Scaffold()")
     return record
-
-
-def _weight(content: RecordDict) -> float:
-    metrics = next(iter(content.metric_records.values()), None)
-    weight = None if metrics is None else metrics.get("num-examples")
-    if not isinstance(weight, int | float):
-        raise BadUsage("scaffold: got an answer without num-examples, expected one number")
-    return float(weight)

@@ -133,9 +133,7 @@ class Vectorised:
                         for name, tensor in outcome.state.items()
                     }
                     summing.add(moved, weight=weight, replies=1)
-                    summing.add_auxiliary(
-                        {name: weight * tensor.double().numpy() for name, tensor in outcome.auxiliary.items()}
-                    )
+                    summing.add_auxiliary({name: tensor.numpy() for name, tensor in outcome.auxiliary.items()})
                     if outcome.loss is not None:
                         summing.add_losses(weight * outcome.loss, 1)
         return summing.result()
@@ -156,12 +154,7 @@ class Vectorised:
             for name, tensor in ordered[0].state.items()
         }
         summing.add(moved, weight=float(weight.sum()), replies=len(ordered))
-        summing.add_auxiliary(
-            {
-                name: torch.tensordot(weight.to(part.dtype), part, dims=1).numpy()
-                for name, part in trained.auxiliary.items()
-            }
-        )
+        summing.add_auxiliary({name: part.sum(0).numpy() for name, part in trained.auxiliary.items()})
         if trained.losses is not None:
             weighted = [one * loss for one, loss in zip(weight.tolist(), trained.losses, strict=True)]
             summing.add_losses(sum(weighted), len(ordered))

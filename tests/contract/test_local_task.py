@@ -185,12 +185,14 @@ def asked(grid: Grid, kind: str, sent: Mapping[int, RecordDict]) -> dict[int, Re
 def check_same(task: LocalTask, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     app = LocalApp(task, loader(dtype))
     tolerance = TOLERANCE[dtype]
+    keeps = isinstance(task.algorithm, Scaffold | LocalParameters | Ditto)
     with caplog.at_level(logging.DEBUG, "fedinfer.simulation"):
         pairs = zip(answers(OneByOne(app), task), answers(Vectorised(app, memory_bytes=1 << 20), task), strict=True)
         for expected, got in pairs:
             assert set(expected) == set(got)
             for node, own in expected.items():
                 assert set(own) == set(got[node])
+                assert ("memory" in own) == (keeps and "arrays" in own)
                 for record, arrays in own.array_records.items():
                     assert set(arrays) == set(got[node][record])
                     for name, array in arrays.items():
