@@ -127,7 +127,14 @@ class LocalTask:
     @cached_property
     def trained_names(self) -> tuple[str, ...]:
         """The names of the parameters that training moves, each once."""
-        return tuple(name for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        return tuple(name for name, _ in trained(self.model))
+
+    @cached_property
+    def places(self) -> Mapping[str, str]:
+        """By every name that a trained parameter has in a state: the first of its names."""
+        first = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name: first[id(parameter)] for name, parameter in every if id(parameter) in first}
 
     @property
     def example_plan(self) -> PrivacyPlan | None:
@@ -264,13 +271,15 @@ class LocalTask:
         """
         check_rows(x, y)
         net = copy.deepcopy(self.model).eval()
-        net.load_state_dict(dict(state))
-        if memory and isinstance(self.algorithm, LocalParameters | Ditto):
-            for name, parameter in net.named_parameters():
-                if name in memory:
-                    parameter.detach().copy_(memory[name])
+        net.load_state_dict(self.personal(state, memory))
         with torch.no_grad():
             return (float(self.loss(net(x), y).mean()) if len(x) else 0.0), len(x)
+
+    def personal(self, state: Mapping[str, Tensor], memory: Named | None) -> dict[str, Tensor]:
+        """The state that a device uses itself: the server's, with its own in place of what it keeps for itself."""
+        if not memory or not isinstance(self.algorithm, LocalParameters | Ditto):
+            return dict(state)
+        return {name: memory.get(self.places.get(name, name), old) for name, old in state.items()}
 
     def _plain_steps(
         self, net: nn.Module, x: Tensor, y: Tensor, batches: Sequence[Indices], pull: Pull | None
@@ -316,9 +325,7 @@ class LocalTask:
 
     def _answer(self, sent: Mapping[str, Tensor], moved: Named, fixed: Named) -> dict[str, Tensor]:
         """The state that leaves: `moved` trained parameters, clipped if the plan says so, and buffers as in `fixed`."""
-        first = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
-        known = {n: first[id(p)] for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in first}
-        shared = {place: name for place, name in known.items() if name not in self.local_names}
+        shared = {place: name for place, name in self.places.items() if name not in self.local_names}
         if self.plan is not None and self.plan.unit == "client":
             names = [name for name in moved if name in shared]
             before, after = [sent[name][None] for name in names], [moved[name][None] for name in names]
@@ -329,7 +336,7 @@ class LocalTask:
                 answer[name] = moved[shared[name]] if self.plan is None else moved[shared[name]].to(old.dtype)
             else:
                 # Under a plan running statistics have had neither a clip nor noise, and stay here as local ones do.
-                answer[name] = fixed[name] if self.plan is None and name not in known else old
+                answer[name] = fixed[name] if self.plan is None and name not in self.places else old
         return answer
 
 

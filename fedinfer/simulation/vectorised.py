@@ -83,9 +83,8 @@ class Vectorised:
         self._make: Callable[[], Stack] | None = None
         self._refused = False
         self._stacks: queue.SimpleQueue[Stack] = queue.SimpleQueue()
-        self._aliases = _aliases(self._task)
         local = self._task.local_names
-        self._shared = {place: name for place, name in self._aliases.items() if name not in local}
+        self._shared = {place: name for place, name in self._task.places.items() if name not in local}
         self._update_bytes = sum(size_bytes(parameter) for parameter in self._task.model.parameters())
 
     def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
@@ -284,7 +283,7 @@ class Vectorised:
         fixed = {id(client.state): client.state for client in clients}
         groups = (
             [clients]
-            if _alike(list(fixed.values()), self._aliases)
+            if _alike(list(fixed.values()), self._task.places)
             else [[client for client in clients if client.state is state] for state in fixed.values()]
         )
         for group in groups:
@@ -314,13 +313,6 @@ def _checked(state: State, task: LocalTask) -> State:
     if task.example_plan is not None:
         check_ordinary(net.state_dict())
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-
-def _aliases(task: LocalTask) -> Mapping[str, str]:
-    """By every name in the state of a trained parameter: the first name of that parameter."""
-    first = {id(parameter): name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
-    every = task.model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in every if id(parameter) in first}
 
 
 def _alike(states: Sequence[State], aliases: Mapping[str, str]) -> bool:
