@@ -60,7 +60,8 @@ class LocalParameters:
 
     A device starts from its own, at first from what the server sent. With an example plan they train on the same
     releases as all others: rows reach them with noise alone. Trained without it they would carry each row into the
-    gradients of all the others, which no clip of single gradients bounds.
+    gradients of all the others, which no clip of single gradients bounds. With a client plan there is no such thing:
+    what a device keeps comes from its own rows and from what the server sent, and moves no other device's update.
 
     Reference: Arivazhagan et al. 2019, arXiv:1912.00818 (all parameters trained together).
     """
@@ -154,6 +155,22 @@ def personal_pull(algorithm: Algorithm, sent: Named) -> Pull | None:
     return Pull(toward=list(sent.values()), mu=algorithm.mu) if isinstance(algorithm, Ditto) else None
 
 
+def control_of(algorithm: Algorithm, like: Named, given: Named | None) -> Named:
+    """The server's control variate in the types of the weights `like`; empty for an algorithm that has none.
+
+    Raises: BadUsage if it is not one of this model.
+    """
+    if not isinstance(algorithm, Scaffold):
+        return {}
+    given = given or {}
+    if {name: tensor.shape for name, tensor in given.items()} != {name: w.shape for name, w in like.items()}:
+        raise BadUsage(
+            f"scaffold: got control variates {sorted(given)}, expected one of the shape of each trained parameter; "
+            "a server that sends them is fedinfer.simulation.ScaffoldStrategy"
+        )
+    return {name: given[name].to(weight.dtype) for name, weight in like.items()}
+
+
 def control_moves(sent: Named, moved: Named, control: Named, path: Tensor) -> Named:
     """By how much SCAFFOLD's c_i move; `path` () or (clients,) is the number of steps times their rate.
 
@@ -162,8 +179,8 @@ def control_moves(sent: Named, moved: Named, control: Named, path: Tensor) -> Na
     moves = {}
     for name, weight in moved.items():
         length = path.to(weight.dtype).reshape(*path.shape, *[1] * (weight.dim() - path.dim()))
-        safe = torch.where(length > 0.0, length, 1.0)
-        moves[name] = torch.where(length > 0.0, (sent[name] - weight) / safe - control[name], 0.0)
+        mean = (sent[name] - weight) / torch.where(length > 0.0, length, 1.0)
+        moves[name] = torch.where(length > 0.0, mean - control[name], 0.0)
     return moves
 
 

@@ -25,6 +25,7 @@ from fedinfer.algorithms import (
     Pull,
     Scaffold,
     control_moves,
+    control_of,
     first_memory,
     personal_pull,
     shared_pull,
@@ -194,14 +195,15 @@ class LocalTask:
         check_rows(x, y)
         net = copy.deepcopy(self.model).train()
         net.load_state_dict(dict(state))
-        memory, control = self.entering(dict(trained(net)), memory, control)
+        control = control_of(self.algorithm, dict(trained(net)), control)
+        self.check_sent(net.state_dict(), control)
         if self.example_plan is not None:
-            check_ordinary(net.state_dict())
             row_by_row(net).double()
-            x, y, memory, control = in_double(x), in_double(y), all_in_double(memory), all_in_double(control)
+            x, y, control = in_double(x), in_double(y), all_in_double(control)
         weights = dict(trained(net))
         sent = {name: weight.clone() for name, weight in weights.items()}
-        memory = memory or first_memory(self.algorithm, sent, self.local_names)
+        first = first_memory(self.algorithm, sent, self.local_names)
+        memory = {name: (memory or first)[name].to(weight.dtype) for name, weight in first.items()}
         for name in self.local_names:
             weights[name].copy_(memory[name])
         pull = shared_pull(self.algorithm, sent, memory, control)
@@ -230,25 +232,15 @@ class LocalTask:
             memory={name: tensor.to(own[name]) for name, tensor in memory.items()},
         )
 
-    def entering(self, like: Named, memory: Named | None, control: Named | None) -> tuple[Named, Named]:
-        """The memory, empty if there is none yet, and the control variate, both in the types of the weights `like`.
+    def check_sent(self, state: Mapping[str, Tensor], control: Named) -> None:
+        """Raises: BadUsage for weights or control variates that an example plan refuses.
 
-        The memory is not looked at: Ditto's comes from rows without noise, and a refusal would tell of it.
-
-        Raises: BadUsage for a control variate that is not one of this model.
+        What the device itself remembers is not looked at: Ditto's comes from rows without noise, and a refusal would
+        tell of it.
         """
-        memory = {name: tensor.to(like[name].dtype) for name, tensor in (memory or {}).items()}
-        if not isinstance(self.algorithm, Scaffold):
-            return memory, {}
-        control = control or {}
-        if {name: tensor.shape for name, tensor in control.items()} != {n: w.shape for n, w in like.items()}:
-            raise BadUsage(
-                f"scaffold: got control variates {sorted(control)}, expected one of the shape of each trained "
-                "parameter; a server that sends them is fedinfer.simulation.ScaffoldStrategy"
-            )
         if self.example_plan is not None:
+            check_ordinary(state)
             check_ordinary(control)
-        return memory, {name: control[name].to(weight.dtype) for name, weight in like.items()}
 
     def leaving(
         self, sent: Named, moved: Named, memory: Named, control: Named, steps: int | Tensor

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from fedinfer.algorithms import Named
+from fedinfer.algorithms import Named, control_of
 from fedinfer.errors import BadUsage
 from fedinfer.local_app import (
     ARRAYS,
@@ -27,7 +27,7 @@ from fedinfer.local_app import (
     record_of,
     weights_in,
 )
-from fedinfer.local_task import LocalTask, LocalUpdate, check_ordinary
+from fedinfer.local_task import LocalTask, LocalUpdate, trained
 from fedinfer.simulation.cohort import Trained, train_chunk
 from fedinfer.simulation.engines import CohortSum, Summing, Task, answer, error_reply, sealed
 from fedinfer.simulation.evaluated import evaluations
@@ -168,8 +168,7 @@ class Vectorised:
 
     def _done(self, tasks: Sequence[Task]) -> Iterator[Done | Message]:
         """Chunks as they are done; an error reply for each client that could not be made ready."""
-        states: dict[int, State] = {}
-        controls: dict[int, Named] = {}
+        given: dict[int | tuple[int, int], tuple[State, Named]] = {}
         block: list[Ready] = []
         here: set[int] = set()
         held = 0
@@ -179,7 +178,7 @@ class Vectorised:
                 yield from self._run(block)
                 block, held = [], 0
                 here.clear()
-            ready = self._ready(task, states, controls)
+            ready = self._ready(task, given)
             if isinstance(ready, Message):
                 yield ready
                 continue
@@ -193,21 +192,17 @@ class Vectorised:
         if block:
             yield from self._run(block)
 
-    def _ready(self, task: Task, states: dict[int, State], controls: dict[int, Named]) -> Ready | Message:
+    def _ready(self, task: Task, given: dict[int | tuple[int, int], tuple[State, Named]]) -> Ready | Message:
         try:
-            state = states.get(id(task.content))
-            if state is None:
+            sent = given.get(id(task.content))
+            if sent is None:
                 # Contents may differ in what else they hold, and share the weights.
-                record = id(task.content.get(ARRAYS))
-                if record not in states:
-                    states[record] = _checked(weights_in(task.content), self._task)
-                state = states[id(task.content)] = states[record]
-            given = id(task.content.get(CONTROL))
-            if given not in controls:
-                own = {name: state[name] for name in self._task.trained_names}
-                controls[given] = self._task.entering(own, None, control_in(task.content))[1]
+                records = id(task.content.get(ARRAYS)), id(task.content.get(CONTROL))
+                if records not in given:
+                    given[records] = _checked(task.content, self._task)
+                sent = given[id(task.content)] = given[records]
             turn = self._app.visit(task.context)
-            return Ready(task, turn, state, controls[given], *self._kept.of(turn.partition, turn.partitions))
+            return Ready(task, turn, *sent, *self._kept.of(turn.partition, turn.partitions))
         except Exception as error:
             return error_reply(task.message(), error)
 
@@ -303,16 +298,16 @@ class Vectorised:
         return 4 * self._update_bytes + 8 * rows * size_bytes(client.x[:1])
 
 
-def _checked(state: State, task: LocalTask) -> State:
-    """The state in the model's own types, as `load_state_dict` would take it.
+def _checked(content: RecordDict, task: LocalTask) -> tuple[State, Named]:
+    """The state and the control variate in the model's own types, as a device would take them.
 
-    Raises: torch's own RuntimeError if it is not a state of this model.
+    Raises: BadUsage, or torch's own RuntimeError, if they are not of this model.
     """
     net = copy.deepcopy(task.model)
-    net.load_state_dict(dict(state))
-    if task.example_plan is not None:
-        check_ordinary(net.state_dict())
-    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    net.load_state_dict(dict(weights_in(content)))
+    control = control_of(task.algorithm, dict(trained(net)), control_in(content))
+    task.check_sent(net.state_dict(), control)
+    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}, control
 
 
 def _alike(states: Sequence[State], aliases: Mapping[str, str]) -> bool:
