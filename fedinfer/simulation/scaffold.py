@@ -50,13 +50,13 @@ class ServerControl:
 class ScaffoldStrategy(Strategy):
     """A strategy of Flower's (`FedAvg` in the paper) for the devices of a `LocalTask` with `Scaffold()`.
 
-    It sends the server's c beside the weights and takes the moves of the devices' c_i out of their answers, before
-    `inner` sees those. All nodes of the grid count as devices.
+    It sends the server's c, its `control`, beside the weights and takes the moves of the devices' c_i out of their
+    answers, before `inner` sees those. All nodes of the grid count as devices.
     """
 
     def __init__(self, inner: Strategy, task: LocalTask) -> None:
         self._inner = inner
-        self._control = ServerControl(task)
+        self.control = ServerControl(task)
         self._devices = 0
 
     def configure_train(
@@ -65,7 +65,7 @@ class ScaffoldStrategy(Strategy):
         self._devices = len(list(grid.get_node_ids()))
         messages = list(self._inner.configure_train(server_round, arrays, config, grid))
         for message in messages:
-            message.content[CONTROL] = self._control.record
+            message.content[CONTROL] = self.control.record
         return messages
 
     def aggregate_train(
@@ -77,7 +77,7 @@ class ScaffoldStrategy(Strategy):
             if not reply.has_error():
                 for name, array in _taken(reply.content).items():
                     sums[name] = sums.get(name, np.float64(0.0)) + array.numpy()
-        self._control.move(sums, devices=self._devices)
+        self.control.move(sums, devices=self._devices)
         return self._inner.aggregate_train(server_round, replies)
 
     def configure_evaluate(

@@ -1,5 +1,6 @@
 """Federated algorithms in simulation: what they are for, on problems where plain averaging fails."""
 
+import pickle
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -17,8 +18,8 @@ from fedinfer.errors import BadUsage
 from fedinfer.local_app import LocalApp, memory_in
 from fedinfer.local_task import trained
 from fedinfer.rules import FedAdaptive
-from fedinfer.simulation import ScaffoldStrategy, ServerControl, SimulatedGrid, simulate
-from fedinfer.simulation.engines import OneByOne
+from fedinfer.simulation import CohortSum, ScaffoldStrategy, ServerControl, SimulatedGrid, simulate
+from fedinfer.simulation.engines import OneByOne, Summing, Task
 from fedinfer.simulation.grid import run_on
 from fedinfer.simulation.ray_engine import Worker
 from fedinfer.simulation.vectorised import Vectorised
@@ -101,6 +102,18 @@ def test_scaffold_reaches_the_optimum_that_averaging_does_not(share: float, roun
     assert min(float((plain - optimum(by_rows=by_rows)).norm()) for by_rows in (False, True)) > 0.05
     controlled = end(lambda task: ScaffoldStrategy(averaging(task), task), line_task(Scaffold()), rounds)
     assert float((controlled - optimum()).norm()) < near
+
+
+def test_the_servers_control_is_the_mean_of_all_devices_whoever_was_asked() -> None:
+    task = line_task(Scaffold())
+    strategy = ScaffoldStrategy(FedAvg(fraction_train=0.5, fraction_evaluate=0.0), task)
+    grid = grid_of(task, "vectorised", squares, CLIENTS)
+    run_on(server_of(strategy, task.model, 2), grid, {})
+    remembered = [memory_in(context) for context in grid._contexts.values()]
+    assert 3 <= len(remembered) <= CLIENTS
+    mean = sum(memory["weight"] for memory in remembered) / CLIENTS
+    assert np.allclose(strategy.control.record["weight"].numpy(), mean.numpy(), rtol=1e-9)
+    assert float(mean.abs().max()) > 0.01
 
 
 def summing(grid: SimulatedGrid, task: LocalTask, rounds: int, found: list[Tensor]) -> None:
@@ -314,10 +327,6 @@ def test_a_ray_worker_sends_back_what_nodes_remember() -> None:
     task = LocalTask(
         model=two_layers(), loss=halves, optimiser=Sgd(lr=0.1), steps=1, batch_size=5, algorithm=ALGORITHMS["ditto"]
     )
-    import pickle
-
-    from fedinfer.simulation.engines import Task
-
     context = Context(
         run_id=1, node_id=7, node_config={"partition-id": 0, "num-partitions": 1}, state=RecordDict(), run_config={}
     )
@@ -329,6 +338,29 @@ def test_a_ray_worker_sends_back_what_nodes_remember() -> None:
     memory = memory_in(context)
     assert memory is not None
     assert set(memory) == set(task.model.state_dict())
+
+
+def test_sums_of_workers_are_joined_with_what_goes_beside() -> None:
+    task = line_task(Scaffold())
+    content = RecordDict({"arrays": ArrayRecord(task.model.state_dict()), "control": ServerControl(task).record})
+    summed: list[CohortSum] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        assert isinstance(grid, SimulatedGrid)
+        nodes = list(grid.get_node_ids())
+        summed.extend(grid.sum_of_updates(content, part) for part in (nodes, nodes[:2], nodes[2:]))
+
+    run_on(app, grid_of(task, "vectorised", squares, CLIENTS), {})
+    joined = Summing()
+    for part in summed[1:]:
+        joined.join(part)
+    total = joined.result()
+    assert total.replies == CLIENTS
+    expected = summed[1].auxiliary["weight"] + summed[2].auxiliary["weight"]
+    assert np.array_equal(total.auxiliary["weight"], expected)
+    assert np.abs(expected).max() > 0.01
 
 
 def test_answers_without_control_variates_are_refused() -> None:

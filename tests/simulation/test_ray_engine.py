@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fedinfer.errors import BadUsage, RemoteError
 from fedinfer.simulation import CohortSum, SimulatedGrid, simulate
-from fedinfer.training import LocalTask
+from fedinfer.training import LocalParameters, LocalTask
 from tests.simulation.test_simulate import CLIENTS, load, task_of
 from tests.simulation.third_party import numpy_app
 
@@ -67,6 +68,13 @@ def test_two_workers_give_the_sum_of_one_process(private: bool) -> None:
     for one, other in zip(sums(task, "vectorised"), sums(task, "ray"), strict=True):
         assert same(one, other)
         assert one.loss == other.loss or one.loss == pytest.approx(other.loss)
+
+
+def test_what_nodes_remember_goes_to_the_workers_and_back() -> None:
+    task = replace(task_of(), algorithm=LocalParameters(names=("2.*",)))
+    ours, rays = sums(task, "vectorised"), sums(task, "ray")
+    assert all(same(one, other) for one, other in zip(ours, rays, strict=True))
+    assert not same(*rays), "the second round begins where the first ended"
 
 
 def test_a_worker_that_dies_in_a_round_costs_no_client_its_answer(tmp_path: Path) -> None:
