@@ -5,8 +5,9 @@ client after client. `LinearStack` puts batched products in the place of linear 
 model's code as it is: whatever treats examples independently does not notice that they belong to different clients.
 The gradient at a layer's weights is made from its inputs a and the gradients b at its outputs, weighted by example, so
 that clipping each example costs no more than averaging them. `VmapStack` takes any model that `torch.func` can
-transform, and lays out per-example gradients where it must clip. Neither is trusted: `choose` compares each with the
-device's own code on real rows, and takes the first that agrees.
+transform, and lays out per-example gradients where it must clip. `Turns` (in `turns.py`) runs clients one after
+another, which is fastest for large models. None is trusted: `choose` compares each with the device's own code on real
+rows, and takes the first that agrees.
 
 Reference: Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038 (book-keeping).
 """
@@ -24,6 +25,7 @@ from fedinfer.errors import BadUsage
 from fedinfer.local_task import LocalTask, in_double
 from fedinfer.privacy import PrivacyPlan, clipped_gradient
 from fedinfer.privacy.bookkeeping import MARGIN
+from fedinfer.simulation.turns import Turns, is_large
 
 State = Mapping[str, Tensor]
 Rows = tuple[Tensor, Tensor]
@@ -230,7 +232,9 @@ def clip_factors(squared: Tensor, present: Tensor, clip_norm: float) -> tuple[Te
     return torch.where(counted, factors, 0.0), counted
 
 
-MAKERS: tuple[Callable[[LocalTask], Stack], ...] = (LinearStack, VmapStack)
+def makers(task: LocalTask) -> tuple[Callable[[LocalTask], Stack], ...]:
+    """Stacks in the order of their speed."""
+    return (LinearStack, Turns, VmapStack) if is_large(task) else (LinearStack, VmapStack, Turns)
 
 
 def choose(task: LocalTask, state: State, rows: Sequence[Rows]) -> Callable[[], Stack]:
@@ -242,7 +246,7 @@ def choose(task: LocalTask, state: State, rows: Sequence[Rows]) -> Callable[[], 
     if not probes:
         raise BadUsage("local task: got no rows to try a stack on")
     reason = ""
-    for make in MAKERS:
+    for make in makers(task):
         try:
             _agree(task, make(task), state, probes)
         except Exception as error:

@@ -18,9 +18,11 @@ from fedinfer.local_app import MEMORY_KEY, SEED_KEY, LocalApp
 from fedinfer.local_task import trained
 from fedinfer.optimisers import Optimiser
 from fedinfer.privacy import Cyclic, Poisson, PrivacyPlan, insecure_seeded_noise
+from fedinfer.simulation import stacked
 from fedinfer.simulation.engines import Engine, OneByOne
 from fedinfer.simulation.grid import SimulatedGrid, run_on
 from fedinfer.simulation.stacked import LinearStack, VmapStack, choose
+from fedinfer.simulation.turns import Turns
 from fedinfer.simulation.vectorised import Vectorised
 from fedinfer.training import Adam, Ditto, FedAvg, FedProx, LocalParameters, LocalTask, Scaffold, Sgd
 
@@ -58,12 +60,35 @@ class Tied(nn.Module):
         return functional.linear(self.two(torch.tanh(self.one(x))), self.one.weight)[:, :CLASSES]
 
 
+class Mixing(nn.Module):
+    """Its examples are not independent: each is measured against the mean of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(INPUTS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.layer(x)
+        return output - 0.5 * output.mean(0)
+
+
 MODELS = {
     "logistic": lambda: nn.Linear(INPUTS, CLASSES),
     "mlp": lambda: nn.Sequential(nn.Linear(INPUTS, 8), nn.ReLU(inplace=True), nn.Linear(8, CLASSES)),
     "own forward": OwnForward,
     "convolution": lambda: nn.Sequential(
         nn.Unflatten(1, (1, INPUTS)), nn.Conv1d(1, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    ),
+    "cnn": lambda: nn.Sequential(
+        nn.Linear(INPUTS, 49, bias=False),
+        nn.Unflatten(1, (1, 7, 7)),
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 2, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(27, CLASSES),
     ),
     "tied": Tied,
 }
@@ -221,6 +246,24 @@ def test_the_same_in_single_precision(model: str, plan: str, caplog: pytest.LogC
     check_same(task_of(model, optimiser, plan, torch.float32), torch.float32, caplog)
 
 
+@pytest.mark.parametrize("plan", ["none", "example", "client"])
+@pytest.mark.parametrize("model", ["own forward", "cnn", "tied"])
+def test_clients_of_large_models_take_turns_and_give_the_same(
+    model: str, plan: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacked, "makers", lambda task: (Turns,))
+    for dtype in (torch.float32, torch.float64):
+        check_same(task_of(model, OPTIMISERS["momentum"], plan, dtype, epochs=plan == "none"), dtype, caplog)
+
+
+def test_examples_that_mix_do_so_within_their_batch(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = Mixing().double()
+    task = LocalTask(model=net, loss=cross_entropy, optimiser=Sgd(lr=0.1), epochs=2, batch_size=5)
+    check_same(task, torch.float64, caplog)
+
+
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_epochs_of_clients_with_unlike_numbers_of_batches(optimiser: str, caplog: pytest.LogCaptureFixture) -> None:
     task = task_of("mlp", OPTIMISERS[optimiser], "none", torch.float64, epochs=True)
@@ -251,10 +294,15 @@ def test_a_schedule_goes_on_from_round_to_round(epochs: bool, caplog: pytest.Log
 
 def test_which_stack_is_chosen() -> None:
     rows = [loader(torch.float64)(partition, 0) for partition in range(4)]
-    for model, stack in (("mlp", LinearStack), ("own forward", LinearStack), ("convolution", VmapStack)):
+    for model, stack in (("mlp", LinearStack), ("own forward", LinearStack), ("cnn", VmapStack)):
         for plan in ("none", "example"):
             task = task_of(model, Sgd(lr=0.1), plan, torch.float64)
             assert type(choose(task, task.model.state_dict(), rows)()) is stack
+    images = nn.Sequential(nn.Linear(INPUTS, 64), nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), nn.Flatten())
+    large = nn.Sequential(*images, nn.Linear(288, 1000), nn.Tanh(), nn.Linear(1000, CLASSES)).double()
+    for model, stack in ((large, Turns), (Mixing().double(), Turns)):
+        task = LocalTask(model=model, loss=cross_entropy, optimiser=Sgd(lr=0.1), steps=1, batch_size=5)
+        assert type(choose(task, model.state_dict(), rows)()) is stack
 
 
 def test_a_seed_decides_rows_and_noise_and_without_one_they_differ() -> None:

@@ -230,7 +230,6 @@ class Mixing(nn.Module):
     [
         nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
         nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, 3)),
-        Mixing(),
     ],
 )
 def test_what_cannot_be_stacked_runs_one_after_another_and_one_line_says_why(
