@@ -20,6 +20,7 @@ Clients answer with their sum (`grid.sum_of_updates`), weighted by rows; the ser
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -46,7 +47,6 @@ from fedinfer.simulation import SimulatedGrid, simulate
 from fedinfer.training import LocalTask, Sgd
 
 Rows = tuple[Tensor, Tensor]
-State = Mapping[str, Tensor]
 FLUTE_ROWS = (69.0, 106.0)
 CIFAR_IMAGES, CIFAR_PARAMETERS = 50, 1_626_442
 
@@ -68,14 +68,14 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run took and reached: seconds of each round, tests included, and scores by round."""
+    """What a run took and reached: seconds of each round, tests included, scores by round, and the last model."""
 
     name: str
     cohort: int
     rounds: int
     round_s: Sequence[float]
     scores: Mapping[int, float]
-    published: str
+    state: Mapping[str, Tensor] = field(repr=False)
 
 
 def cross_entropies(output: Tensor, y: Tensor) -> Tensor:
@@ -265,13 +265,14 @@ def run(task: Published, *, cohort: int, rounds: int, seed: int) -> Outcome:
     """Federated averaging over `rounds` cohorts on the vectorised grid."""
     round_s: list[float] = []
     scores: dict[int, float] = {}
+    net = copy.deepcopy(task.task.model)
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         assert isinstance(grid, SimulatedGrid), "a grid that sums"
         nodes = list(grid.get_node_ids())
-        arrays = ArrayRecord(task.task.model.state_dict())
+        arrays = ArrayRecord(net.state_dict())
         for number, chosen in enumerate(cohorts(task, rounds, cohort, seed), start=1):
             started = time.perf_counter()
             total = grid.sum_of_updates(RecordDict({"arrays": arrays}), [nodes[index] for index in chosen])
@@ -279,14 +280,13 @@ def run(task: Published, *, cohort: int, rounds: int, seed: int) -> Outcome:
             moved = {name: array.numpy() + total.update[name] / total.weight for name, array in arrays.items()}
             arrays = ArrayRecord({name: Array(values.astype(np.float32)) for name, values in moved.items()})
             if task.score is not None and number % task.score_every == 0:
-                task.task.model.load_state_dict(arrays.to_torch_state_dict())
-                scores[number] = task.score(task.task.model)
+                net.load_state_dict(arrays.to_torch_state_dict())
+                scores[number] = task.score(net)
             round_s.append(time.perf_counter() - started)
+        net.load_state_dict(arrays.to_torch_state_dict())
 
     simulate(app, task.task.client_app(task.load), num_clients=task.clients, seed=seed)
-    return Outcome(
-        name=task.name, cohort=cohort, rounds=rounds, round_s=round_s, scores=scores, published=task.published
-    )
+    return Outcome(name=task.name, cohort=cohort, rounds=rounds, round_s=round_s, scores=scores, state=net.state_dict())
 
 
 def projected_s(outcome: Outcome, task: Published) -> float:
@@ -351,6 +351,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write rounds and scores here")
     parser.add_argument("--plot", type=Path, help="draw them here, as PNG")
     options = parser.parse_args(argv)
+    # What runs between chunks of clients is too small for two threads; chunks run side by side anyway.
+    torch.set_num_threads(1)
     outcomes = []
     for name in options.only:
         torch.manual_seed(0)
@@ -371,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "round_s": outcome.round_s,
                 "scores": outcome.scores,
                 "all_rounds_s": projected_s(outcome, task),
-                "published": outcome.published,
+                "published": task.published,
             }
             for task, outcome in outcomes
         }

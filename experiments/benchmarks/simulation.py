@@ -8,9 +8,10 @@ update (forward, and backward without the gradient at the rows), which the last 
 largest rate for matrix products. On a machine that does other things too, the processor time of an update is steadier
 than its rate; of Flower's workers it is not known here.
 
-The last lines are of a population of 1,000,000 clients, of whom a cohort takes part in a round.
+Then FLUTE's logistic regression and pfl-research's CNN beside a plain loop (`simulation_published.py`), and rounds of a
+population of 1,000,000 clients: the plot shows their seconds by the size of the cohort that takes part.
 
-    python -m experiments.benchmarks.simulation [--quick] [--json FILE]
+    python -m experiments.benchmarks.simulation [--quick] [--json FILE] [--plot FILE]
 """
 
 import argparse
@@ -38,6 +39,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 from torch.nn import functional
 
+from experiments.benchmarks import simulation_published
 from fedinfer.privacy import Poisson, PrivacyPlan
 from fedinfer.simulation import SimulatedGrid, simulate
 from fedinfer.training import LocalTask, Sgd
@@ -260,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="at most a minute")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="draw a round's seconds by the size of its cohort here, as PNG")
     options = parser.parse_args(argv)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -279,13 +282,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             clocks[FLOWER_DP] = [flowers(train_with_opacus, few)]
     figures = {name: rate_of(each) for name, each in clocks.items()}
     report(figures, {name: processor_of(each) for name, each in clocks.items()}, statistics.median(rates))
+    published = simulation_published.compare(quick=options.quick)
     cohorts = population()
+    if options.plot:
+        draw(cohorts, options.plot)
     if options.json:
         payload = {
             "updates_per_s": figures,
             "gemm_flop_per_s": statistics.median(rates),
             "flop_per_update": FLOP,
+            "published": published,
             "cohort_seconds": cohorts,
+            "peak_memory_gb": peak_memory_gb(),
             "round_seconds": {name: [wall for one in each for wall in one.walls] for name, each in clocks.items()},
         }
         options.json.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
@@ -317,15 +325,42 @@ def report(figures: dict[str, float], processors: dict[str, float | None], rate:
 def population() -> dict[int, float]:
     """Print and return the seconds of a round by the size of its cohort, out of 1,000,000 clients."""
     found = {}
-    for cohort in (1000, 3000, 10_000):
+    for cohort in (1000, 2000, 5000, 10_000):
         clock = ours(summing_server, None, 2, cohort=cohort, population=POPULATION)
         found[cohort] = statistics.median(clock.walls)
-        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
             f"{cohort:6,} of {POPULATION:,} clients: {found[cohort]:.2f} s a round, rows made included; "
-            f"{found[cohort] / cohort * 1e6:.0f} µs a client; peak memory {peak_gb:.2f} GB"
+            f"{found[cohort] / cohort * 1e6:.0f} µs a client; peak memory {peak_memory_gb():.2f} GB"
         )
     return found
+
+
+def peak_memory_gb() -> float:
+    """The most that this process has held, torch and Ray included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def draw(cohorts: dict[int, float], path: Path) -> None:
+    """Seconds of a round against the size of its cohort, and the line through the origin that fits them best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    slope = sum(size * seconds for size, seconds in cohorts.items()) / sum(size**2 for size in cohorts)
+    figure, axis = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    axis.plot(list(cohorts), list(cohorts.values()), "o", label="measured")
+    ends = (0, max(cohorts))
+    axis.plot(ends, [slope * size for size in ends], "--", color="grey", label=f"{slope * 1e6:.0f} µs a client")
+    axis.set(
+        xlabel=f"clients in a round, of {POPULATION:,}",
+        ylabel="seconds of a round",
+        title=f"peak memory {peak_memory_gb():.2f} GB",
+    )
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
