@@ -26,10 +26,11 @@ class Turns:
 
     def __init__(self, task: LocalTask) -> None:
         self._net = copy.deepcopy(task.model).train()
-        if task.example_plan is None:
-            quicken(self._net)
-        else:
+        self._double = task.example_plan is not None
+        if self._double:
             self._net.double()
+        else:
+            quicken(self._net)
         self._loss = task.loss
         self._trained = {name: p for name, p in self._net.named_parameters() if p.requires_grad}
 
@@ -53,7 +54,7 @@ class Turns:
         self, weights: Sequence[Tensor], x: Tensor, y: Tensor, present: Tensor, clip_norm: float
     ) -> list[Tensor]:
         each = []
-        for own_x, own_y in self._turns(weights, in_double(x), in_double(y), present):
+        for own_x, own_y in self._turns(weights, x, y, present):
             sums = clipped_gradient(self._net, self._loss, own_x, own_y, clip_norm=clip_norm)
             each.append([sums[name] for name in self._trained])
         return _stacked(each)
@@ -62,6 +63,8 @@ class Turns:
         self, weights: Sequence[Tensor], x: Tensor, y: Tensor, present: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Each client's rows that are present, which come first among its own, once its weights are in the model."""
+        if self._double:
+            x, y = in_double(x), in_double(y)
         for client, count in enumerate(present.sum(1).tolist()):
             for parameter, weight in zip(self._trained.values(), weights, strict=True):
                 parameter.data = weight[client]
