@@ -4,6 +4,9 @@ What bounds it is AES: a mask of d words takes the cipher's time for 4·d bytes 
 measured here on pieces that fit the cache; the table says how many times that floor it takes. The rest of a client's
 work (key agreements, shares, signatures) does not grow with d.
 
+What comes before the masks is told apart: clipping, rotating and rounding beside Flower's quantisation, which does not
+rotate, and exact noise beside NumPy's floats, which Flower would add and which are no secret noise.
+
 CPU seconds of one thread, medians of interleaved runs.
 
     python -m experiments.benchmarks.secagg [--quick] [--json FILE] [--sweep PLOT.png]
@@ -25,9 +28,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
+from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
 from experiments.benchmarks.flower_secagg import MODULUS, FlowerNode, agreed, new_keys
+from fedinfer.privacy import DistributedPlan, Poisson, discrete_gaussian, os_noise
 from fedinfer.secagg import identities, shamir
 from fedinfer.secagg.channels import KeyPair, mask_seed
 from fedinfer.secagg.masks import PIECE_BYTES, SumSpec, Words, add_mask
@@ -102,6 +107,41 @@ def primitives(length: int, runs: int) -> dict[str, Any]:
         "split_ms": {"fedinfer": split, "flower": flowers_split},
         "combine_ms": {"fedinfer": combine, "flower": flowers_combine, "fedinfer, points seen before": again},
         "aes_bytes_per_s": 4e3 * length / mask,
+    }
+
+
+def encoding(length: int, runs: int) -> dict[str, dict[str, float]]:
+    """What comes before the masks: clip, rotate and round beside Flower's quantisation, and noise beside its floats."""
+    plan = DistributedPlan.calibrate(
+        epsilon=8.0,
+        delta=1e-5,
+        steps=10,
+        unit="client",
+        clip_norm=1.0,
+        sampler=Poisson(rate=1.0),
+        divisor=1000.0,
+        dimension=length,
+        clients=1000,
+        min_honest=795,
+        colluders=100,
+    )
+    stream = os_noise()
+    update = np.random.default_rng(0).normal(size=length) / np.sqrt(length)
+    generator = np.random.default_rng(0)
+
+    def noise() -> None:
+        discrete_gaussian(stream, variance=plan.share_variance, count=plan.padded)
+
+    ours, exact, theirs, floats = cpu_ms(
+        lambda: plan.encode(update, stream, rotation="round 1"),
+        noise,
+        lambda: quantize([update], clipping_range=8.0, target_range=1 << 22),
+        lambda: generator.normal(size=length),
+        runs=runs,
+    )
+    return {
+        "quantise_ms": {"fedinfer": ours - exact, "flower": theirs},
+        "noise_ms": {"fedinfer": exact, "flower": floats},
     }
 
 
@@ -291,7 +331,7 @@ def cpu_check_ms() -> float:
 def show(name: str, times: dict[str, float], unit: str = "ms") -> None:
     """One line: ours, Flower's, and their ratio."""
     mine, peer = times["fedinfer"], times["flower"]
-    print(f"{name:34}{mine:10.3f} {unit}{peer:12.3f} {unit}{peer / mine:9.0f}×")
+    print(f"{name:34}{mine:10.3f} {unit}{peer:12.3f} {unit}{peer / mine:9.3g}×")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -313,6 +353,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"all masks of a client, {parts['neighbours']} neighbours: {client:.0f} ms; a mask takes "
         f"{mask['fedinfer'] / mask['floor']:.2f} × its floor, {parts['aes_bytes_per_s'] / 1e9:.1f} GB/s"
     )
+    coded = encoding(10**6, runs=3 if options.quick else 9)
+    print()
+    show("clip, rotate, round", coded["quantise_ms"])
+    show("share of the noise, padded to 2^20", coded["noise_ms"])
     shape = (16, 100_000, 2)
     clients, length, dropouts = shape
     threshold = Policy(dropout=0.3).parameters(clients=clients, members=clients).threshold
@@ -332,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name.startswith("server_s"):
             print(f"{name.removeprefix('server_s at '):34}{value:10.2f}  s")
     print(f"whole process at its peak {scale['process_peak_mb']:.0f} MB; vectors {scale['all_vectors_mb']:.0f} MB")
-    figures = {"parts": parts, "client_masks_ms": client, "flow": flow, "scale": scale}
+    figures = {"parts": parts, "encoding": coded, "client_masks_ms": client, "flow": flow, "scale": scale}
     if options.sweep:
         figures["sweep"] = sweep(options.sweep, parts)
     if options.json:
