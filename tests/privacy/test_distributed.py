@@ -214,6 +214,15 @@ def test_the_scale_uses_the_modulus_and_grows_with_it(plan: DistributedPlan) -> 
     assert math.ldexp(grid.cells, 20 - math.frexp(grid.cells)[1]).is_integer()
 
 
+def test_rounding_again_is_paid_for_in_the_odds_of_wrapping() -> None:
+    # Rounding that is conditioned on what happens with probability p is 1 / p times as likely to be anything.
+    plan = replace(CLIENTS, bits=32, clients=10_000, min_honest=5_000)
+    free = replace(plan._grid, rounding_doubt=1e-9)
+    exponent = math.log(2.0 * plan.padded * plan.steps * 2.0**40)
+    retries = -10_000 * math.log(0.999)
+    assert plan._grid.cells / free.cells == pytest.approx(math.sqrt(exponent / (exponent + retries)), rel=1e-4)
+
+
 # %% The check at the server
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_check_passes_the_longest_honest_sum_and_stops_garbage(plan: DistributedPlan) -> None:
