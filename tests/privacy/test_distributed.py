@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import binom
 
-from fedinfer.errors import BadUsage, ProtocolViolation, ShapeMismatch
+from fedinfer.errors import BadUsage, BudgetExceeded, ProtocolViolation, ShapeMismatch
 from fedinfer.privacy import DistributedPlan, Poisson, PrivacyPlan, insecure_seeded_noise
 from fedinfer.privacy.accounting import epsilon_of, gaussian_epsilon, poisson_rdp, rdp_epsilon
+from fedinfer.privacy.filters import Charge, choose_filter
 from fedinfer.privacy.rotation import rotate
 from fedinfer.privacy.rounding import likely_within, round_up_or_down, round_within, surely_within
 from tests.privacy.exact_sums import worst_epsilon
@@ -157,6 +159,15 @@ def test_rounding_exceeds_its_bound_as_seldom_as_it_says(doubt: float) -> None:
         limit = likely_within(float(np.linalg.norm(vector)), len(vector), doubt=doubt)
         beyond = sum(np.linalg.norm(round_up_or_down(vector, stream)) > limit for _ in range(1000))
         assert beyond <= 1000 * doubt + 6.2 * math.sqrt(1000 * doubt)
+
+
+@pytest.mark.parametrize("doubt", [0.1, 1e-3, 1e-6, 1e-9])
+def test_the_bound_holds_exactly_where_the_law_is_known(doubt: float) -> None:
+    # Coordinates between 0 and 1 round to one or nothing: their squared norm is binomial.
+    for dimension in (4, 16, 64, 1024):
+        for place in (0.01, 0.1, 0.3, 0.5, 0.7, 0.99):
+            limit = likely_within(place * math.sqrt(dimension), dimension, doubt=doubt)
+            assert binom.sf(math.floor(limit**2), dimension, place) <= doubt
 
 
 def test_a_client_rounds_until_its_norm_is_within_the_limit() -> None:
@@ -400,6 +411,20 @@ def test_the_share_is_that_of_the_least_number_of_honest_devices() -> None:
     total = EXAMPLES.min_honest * EXAMPLES.share_variance
     assert float(total) == pytest.approx((6.0 * 2.0 * EXAMPLES.scale) ** 2, rel=1e-12)
     assert EXAMPLES.overshoot(5) == 5 / 3
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_ledger_may_charge_it_by_any_filter_that_takes_its_kind(plan: DistributedPlan) -> None:
+    charge: Charge = plan
+    assert choose_filter("basic", epsilon=5.0, delta=1e-4).cost(charge)["epsilon"] == plan.epsilon()
+    renyi = choose_filter("renyi", epsilon=5.0, delta=1e-4)
+    assert renyi.cost(charge)["rdp"] == plan.rdp(renyi.to_json()["order"])
+    gaussian = choose_filter("gdp", epsilon=5.0, delta=1e-4)
+    if plan.unit == "client":
+        assert gaussian.cost(charge)["mu"] == plan.gdp()
+    else:
+        with pytest.raises(BudgetExceeded, match="no Gaussian mechanism"):
+            gaussian.cost(charge)
 
 
 # %% The plan as an object
