@@ -49,7 +49,7 @@ BITS = (16, 18, 20)
 EXAMPLE, CLIENT = (3.0, 1e-5, 60), (8.0, 1e-4, 10)
 DEVICES, SAMPLING_RATE, EXAMPLE_CLIP, EXAMPLE_RATE = 10, 0.2, 0.3, 40.0
 UNITS: tuple[Unit, ...] = ("example", "client")
-DRAWS = {("digits", "example"): 8, ("digits", "client"): 1, ("mnist", "example"): 3, ("mnist", "client"): 1}
+DRAWS = {("digits", "example"): 8, ("digits", "client"): 4, ("mnist", "example"): 3, ("mnist", "client"): 1}
 
 
 @dataclass(frozen=True, kw_only=True)
