@@ -5,7 +5,7 @@ a client has. A quarter of a client's rows is held out. "all" is the accuracy of
 held out; "own" is that of the model that a client uses itself, on its own rows held out, counted by rows. Clients
 that share less than the whole model have no accuracy under "all". Eight of 40 clients take part in a round, as
 Flower's stock strategies draw them; "own" is of all 40. Every algorithm has the same model, local rate and epochs, of
-which none was tuned; mu of three values and FedAdam's rate of three were chosen by hand on seed 100, Dirichlet 0.1.
+which none was tuned; mu of three values, and FedAdam's rate and τ of six pairs, were chosen on seed 100, Dirichlet 0.1.
 
     python -m experiments.heterogeneity [--quick] [--json FILE] [--plot FILE]
 """
@@ -217,6 +217,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     )
     for axis, concentration in zip(axes[0], concentrations, strict=True):
         for name in filter(shares_all, CONTENDERS):
+            if isinstance(CONTENDERS[name].algorithm, Ditto):
+                # Its shared model is FedAvg's, to the last bit.
+                continue
             own = [row for row in rows if (row.concentration, row.contender) == (concentration, name)]
             axis.plot(own[0].rounds, np.mean([row.shared for row in own], axis=0), label=name)
         axis.set(title=f"Dirichlet {concentration:g}", xlabel="round")

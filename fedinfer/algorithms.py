@@ -95,7 +95,9 @@ class Ditto:
     """Trains a personal model beside the shared one, which it does not touch: it never leaves the device.
 
     The personal model starts where it was left, at first from what the server sent, and takes a step on each batch
-    that the shared one takes, by the gradient of its loss + mu/2 ||v - w_sent||². "evaluate" is of the personal model.
+    that the shared one takes, by the gradient of its loss + mu/2 ||v - w_sent||². "evaluate" is of the personal model;
+    buffers are those of the shared one. Under a plan a personal model that cannot be trained stays as it was, and no
+    error tells of it.
 
     Reference: Li et al. 2021, arXiv:2012.04221, algorithm 1.
     """

@@ -7,6 +7,7 @@ Because it is data, the same task runs on one device (`train`, here) and for a w
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -219,8 +220,9 @@ class LocalTask:
         if own_pull is not None:
             for name, weight in weights.items():
                 weight.copy_(memory[name])
-            self._plain_steps(net, x, y, batches, own_pull)
-            memory = weights
+            with hidden_from_server(self.plan):
+                self._plain_steps(net, x, y, batches, own_pull)
+                memory = weights
         memory, auxiliary = self.leaving(sent, moved, memory, control, len(batches))
         own = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         examples, shown = (len(x), loss) if self.plan is None else (1, None)
@@ -330,6 +332,16 @@ class LocalTask:
                 # Under a plan running statistics have had neither a clip nor noise, and stay here as local ones do.
                 answer[name] = fixed[name] if self.plan is None and name not in self.places else old
         return answer
+
+
+@contextmanager
+def hidden_from_server(plan: PrivacyPlan | None) -> Iterator[None]:
+    """Under a plan an error ends what stands in it and is forgotten, because an answer of errors would tell of rows."""
+    try:
+        yield
+    except Exception:
+        if plan is None:
+            raise
 
 
 def trained(net: nn.Module) -> Iterator[tuple[str, Tensor]]:

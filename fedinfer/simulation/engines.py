@@ -44,7 +44,7 @@ class CohortSum:
     """
 
     update: Mapping[str, NDArray[np.float64]] = field(repr=False)
-    auxiliary: Mapping[str, NDArray[np.float64]] = field(repr=False)
+    auxiliary: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     weight: float
     loss: float | None
     replies: int

@@ -176,19 +176,17 @@ class Vectorised:
             if task.context.node_id in here:
                 # A node that is asked twice remembers the first time when it comes to the second.
                 yield from self._run(block)
-                block, held = [], 0
-                here.clear()
+                block, held, here = [], 0, set()
             ready = self._ready(task, given)
             if isinstance(ready, Message):
                 yield ready
                 continue
             block.append(ready)
             here.add(task.context.node_id)
-            held += size_bytes(ready.x) + size_bytes(ready.y) + self._update_bytes
+            held += size_bytes(ready.x) + size_bytes(ready.y) + self._weights_bytes(ready)
             if held > self._memory_bytes:
                 yield from self._run(block)
-                block, held = [], 0
-                here.clear()
+                block, held, here = [], 0, set()
         if block:
             yield from self._run(block)
 
@@ -295,7 +293,11 @@ class Vectorised:
 
     def _client_bytes(self, client: Ready) -> int:
         rows = max(1, min(self._task.batch_size or len(client.x), len(client.x)))
-        return 4 * self._update_bytes + 8 * rows * size_bytes(client.x[:1])
+        return 4 * self._weights_bytes(client) + 8 * rows * size_bytes(client.x[:1])
+
+    def _weights_bytes(self, client: Ready) -> int:
+        """The client's weights, and what it remembers."""
+        return self._update_bytes + sum(size_bytes(tensor) for tensor in (client.turn.memory or {}).values())
 
 
 def _checked(content: RecordDict, task: LocalTask) -> tuple[State, Named]:
