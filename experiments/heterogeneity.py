@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw them here, as PNG")
     options = parser.parse_args(argv)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    concentrations, seeds, rounds = ((0.1,), (0,), 20) if options.quick else (CONCENTRATIONS, (0, 1, 2), ROUNDS)
+    concentrations, seeds, rounds = ((0.1,), (0,), 10) if options.quick else (CONCENTRATIONS, (0, 1, 2), ROUNDS)
     rows = [run(each, name, seed, rounds) for each in concentrations for name in CONTENDERS for seed in seeds]
     report(rows)
     if options.json:

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from fedinfer.algorithms import Named, control_of
+from fedinfer.algorithms import Named, control_of, first_memory
 from fedinfer.errors import BadUsage
 from fedinfer.local_app import (
     ARRAYS,
@@ -85,7 +85,8 @@ class Vectorised:
         self._stacks: queue.SimpleQueue[Stack] = queue.SimpleQueue()
         local = self._task.local_names
         self._shared = {place: name for place, name in self._task.places.items() if name not in local}
-        self._update_bytes = sum(size_bytes(parameter) for parameter in self._task.model.parameters())
+        kept = first_memory(self._task.algorithm, dict(trained(self._task.model)), local)
+        self._client_weights_bytes = sum(map(size_bytes, [*self._task.model.parameters(), *kept.values()]))
 
     def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
         for task in tasks:
@@ -183,7 +184,7 @@ class Vectorised:
                 continue
             block.append(ready)
             here.add(task.context.node_id)
-            held += size_bytes(ready.x) + size_bytes(ready.y) + self._weights_bytes(ready)
+            held += size_bytes(ready.x) + size_bytes(ready.y) + self._client_weights_bytes
             if held > self._memory_bytes:
                 yield from self._run(block)
                 block, held, here = [], 0, set()
@@ -293,11 +294,7 @@ class Vectorised:
 
     def _client_bytes(self, client: Ready) -> int:
         rows = max(1, min(self._task.batch_size or len(client.x), len(client.x)))
-        return 4 * self._weights_bytes(client) + 8 * rows * size_bytes(client.x[:1])
-
-    def _weights_bytes(self, client: Ready) -> int:
-        """The client's weights, and what it remembers."""
-        return self._update_bytes + sum(size_bytes(tensor) for tensor in (client.turn.memory or {}).values())
+        return 4 * self._client_weights_bytes + 8 * rows * size_bytes(client.x[:1])
 
 
 def _checked(content: RecordDict, task: LocalTask) -> tuple[State, Named]:
