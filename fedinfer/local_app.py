@@ -125,18 +125,7 @@ class LocalApp(ClientApp):
         Raises: BudgetExceeded if the plan has too few releases left.
         """
         partition, partitions = place_of(context)
-        record = context.state.get(STATE_KEY)
-        if not isinstance(record, MetricRecord):
-            record = context.state[STATE_KEY] = MetricRecord({"visits": 0, "releases": 0})
-        visits, done = _whole(record, "visits"), _whole(record, "releases")
-        plan = self.task.plan
-        if plan is not None and done + self.task.releases > plan.steps:
-            raise BudgetExceeded(
-                f"plan: got {done} releases made and {self.task.releases} more asked for, expected at most {plan.steps}"
-            )
-        record["visits"] = visits + 1
-        if plan is not None:
-            record["releases"] = done + self.task.releases
+        visits, done = charge(context, self.task)
         seed = context.node_config.get(SEED_KEY)
         own = None if seed is None else f"local task {seed}/{partition}/{visits}"
         return Visit(partition=partition, partitions=partitions, done=done, seed=own, memory=memory_in(context))
@@ -161,6 +150,25 @@ class hidden_errors:  # noqa: N801 (a context manager)
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if self._private and isinstance(error, Exception) and not isinstance(error, PrivacyError):
             raise BadInput(f"local task: got {type(error).__name__} on the rows of this device") from None
+
+
+def charge(context: Context, task: Task) -> tuple[int, int]:
+    """Count one turn of `task` in the node's state; how many turns and releases there were before.
+
+    Raises: BudgetExceeded if the plan has too few releases left; nothing is counted then.
+    """
+    record = context.state.get(STATE_KEY)
+    if not isinstance(record, MetricRecord):
+        record = context.state[STATE_KEY] = MetricRecord({"visits": 0, "releases": 0})
+    visits, done = _whole(record, "visits"), _whole(record, "releases")
+    if task.plan is not None and done + task.releases > task.plan.steps:
+        raise BudgetExceeded(
+            f"plan: got {done} releases made and {task.releases} more asked for, expected at most {task.plan.steps}"
+        )
+    record["visits"] = visits + 1
+    if task.plan is not None:
+        record["releases"] = done + task.releases
+    return visits, done
 
 
 def place_of(context: Context) -> tuple[int, int]:

@@ -309,7 +309,7 @@ class LocalTask:
             rows = torch.from_numpy(batches[-1])
             sums = clipped_gradient(net, self.loss, x[rows], y[rows], clip_norm=plan.clip_norm)
             total = torch.cat([gradient.reshape(-1) for gradient in sums.values()])
-            released = torch.from_numpy(plan.release(total.numpy(), stream)).double()
+            released = torch.from_numpy(plan.release(total.cpu().numpy(), stream)).to(total)
             gradients = cut(released, weights)
             if pull is not None:
                 # No row is in it: it is added to what was released, and the release is what it was.

@@ -112,7 +112,7 @@ def _plain(
 ) -> Tensor:
     """Move `weights` in place; the sums (C,) of the batches' mean losses. Members have fewer and fewer batches."""
     x, y, starts = _joined(members)
-    totals = torch.zeros(len(members), dtype=torch.float64)
+    totals = torch.zeros(len(members), dtype=torch.float64, device=x.device)
     state = task.optimiser.start(weights)
     for number in range(1, len(batches[0]) + 1):
         active = sum(len(own) >= number for own in batches)
@@ -122,9 +122,9 @@ def _plain(
         if len(sizes) == 1 and first_size == first_rows > 0:
             # Everybody's batch is all of its rows, and all have as many: the rows lie as they are needed.
             batch_x, batch_y = x[: active * first_size], y[: active * first_size]
-            share = torch.full((active, first_size), 1.0 / first_size, dtype=weights[0].dtype)
+            share = weights[0].new_full((active, first_size), 1.0 / first_size)
         else:
-            index, present = _gathered(now, starts)
+            index, present = _gathered(now, starts, x.device)
             batch_x, batch_y = x[index], y[index]
             share = present.to(weights[0].dtype) / present.sum(1, keepdim=True).clamp_min(1)
         moving = [weight[:active] for weight in weights]
@@ -149,11 +149,11 @@ def _private(
     for number in range(1, task.releases + 1):
         for own, member, stream in zip(batches, members, streams, strict=True):
             own.append(plan.sample(len(member.x), stream, step=member.turn.done + number))
-        index, present = _gathered([own[-1] for own in batches], starts)
+        index, present = _gathered([own[-1] for own in batches], starts, x.device)
         sums = stack.clipped(weights, x[index], y[index], present, plan.clip_norm)
-        totals = torch.cat([gradient.flatten(1) for gradient in sums], dim=1).numpy()
+        totals = torch.cat([gradient.flatten(1) for gradient in sums], dim=1).cpu().numpy()
         released = _released(plan, totals, streams)
-        gradients = cut(torch.from_numpy(released).double(), [weight[0] for weight in weights])
+        gradients = cut(torch.from_numpy(released).to(weights[0]), [weight[0] for weight in weights])
         if pull is not None:
             gradients = pull.added(weights, gradients)
         task.optimiser.step(weights, gradients, state, number)
@@ -223,7 +223,7 @@ def _joined(members: Sequence[Member]) -> tuple[Tensor, Tensor, list[int]]:
     return x, y, [0, *ends[:-1].tolist()]
 
 
-def _gathered(batches: Sequence[Indices], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _gathered(batches: Sequence[Indices], starts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row numbers (C * B,) of ragged batches, and which of (C, B) are there; a gap is filled with the batch's first."""
     width = max(1, max(len(batch) for batch in batches))
     index = np.zeros((len(batches), width), np.int64)
@@ -233,4 +233,4 @@ def _gathered(batches: Sequence[Indices], starts: Sequence[int]) -> tuple[Tensor
             index[client] = start + batch[0]
             index[client, : len(batch)] = start + batch
             present[client, : len(batch)] = True
-    return torch.from_numpy(index.reshape(-1)), torch.from_numpy(present)
+    return torch.from_numpy(index.reshape(-1)).to(device), torch.from_numpy(present).to(device)

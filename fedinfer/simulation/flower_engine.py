@@ -12,6 +12,7 @@ from flwr.supercore.run import Run
 
 from fedinfer.simulation.grid import Config
 from fedinfer.simulation.meter import Meter
+from fedinfer.simulation.waves import Waves
 
 # Flower's default is two CPUs a client, which halves its speed on a small machine.
 RESOURCES: Mapping[str, int | float] = {"num_cpus": 1, "num_gpus": 0.0}
@@ -26,6 +27,7 @@ def run_by_flower(
     node_config: Mapping[str, int],
     run_config: Config,
     meter: Meter,
+    waves: Waves,
 ) -> Context:
     """Run both apps in Flower's simulation and return the ServerApp's Context."""
     seen: list[Context] = []
@@ -34,7 +36,7 @@ def run_by_flower(
     @observed.main()
     def main(grid: Grid, context: Context) -> None:
         context.run_config.update(run_config)
-        server_app(ObservedGrid(grid, meter), context)
+        server_app(ObservedGrid(grid, meter, waves), context)
         seen.append(context)
 
     run_simulation(
@@ -62,11 +64,12 @@ class ConfiguredApp(ClientApp):
 
 
 class ObservedGrid(Grid):
-    """Flower's grid; the meter begins with the first reply and counts those that follow."""
+    """Flower's grid; the meter begins with the first reply and counts those that follow, `waves` is told of waves."""
 
-    def __init__(self, grid: Grid, meter: Meter) -> None:
+    def __init__(self, grid: Grid, meter: Meter, waves: Waves) -> None:
         self._grid = grid
         self._meter = meter
+        self._waves = waves
         self._replied = False
 
     def set_run(self, run: Run) -> None:
@@ -101,8 +104,9 @@ class ObservedGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """As Flower's own: pull every 0.1 s, until all have answered or the time is up."""
-        missing = set(self.push_messages(messages))
-        deadline = None if timeout is None else time.monotonic() + timeout
+        started, sent = time.monotonic(), list(messages)
+        missing = set(self.push_messages(sent))
+        deadline = None if timeout is None else started + timeout
         replies: list[Message] = []
         while deadline is None or time.monotonic() < deadline:
             found = list(self.pull_messages(missing))
@@ -111,4 +115,6 @@ class ObservedGrid(Grid):
             if not missing:
                 break
             time.sleep(POLL_S)
+        asked = [message.metadata.message_type for message in sent]
+        self._waves.answered(replies, asked=asked, seconds=time.monotonic() - started)
         return replies

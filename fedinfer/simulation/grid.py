@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 from fedinfer.simulation.engines import CohortSum, Engine, OneByOne, Task, identity, sealed
+from fedinfer.simulation.waves import Waves
 
 Config = Mapping[str, bool | float | int | str]
 Progress = Callable[[str, int], None]
@@ -27,7 +28,8 @@ class SimulatedGrid(Grid):
     """`nodes` nodes, run by an `engine` when messages are pushed to them; node i is configured by `configure(i)`.
 
     `progress(group_id, node_id)` is called after each answer; in a training run the group id is the round. `between`
-    is called before messages are delivered, and may raise to stop a run where no message is half done.
+    is called before messages are delivered, and may raise to stop a run where no message is half done. `waves` is told
+    of each wave of messages and its answers.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class SimulatedGrid(Grid):
         run_config: Config,
         progress: Progress | None = None,
         between: Between | None = None,
+        waves: Waves | None = None,
     ) -> None:
         self._engine = engine
         self._configure = configure
         self._run_config = dict(run_config)
         self._progress = progress
         self._between = between
+        self._waves = waves or Waves()
         self._run = Run.create_empty(run_id=uuid.uuid4().int >> 65)
         self._replies: dict[str, Message] = {}
         self._contexts: dict[int, Context] = {}
@@ -63,7 +67,7 @@ class SimulatedGrid(Grid):
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def get_node_ids(self) -> Iterable[int]:
+    def get_node_ids(self) -> range:
         return self._nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -71,9 +75,10 @@ class SimulatedGrid(Grid):
 
         Raises: ValueError if a message has no content or goes to a node that is not there.
         """
-        tasks = self._tasks(messages)
-        for reply in self._answers(tasks):
-            self._replies[reply.metadata.reply_to_message_id] = reply
+        started, tasks = time.monotonic(), self._tasks(messages)
+        replies = list(self._answers(tasks))
+        self._replies |= {reply.metadata.reply_to_message_id: reply for reply in replies}
+        self._told(replies, tasks, started)
         return [task.message().metadata.message_id for task in tasks]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -81,16 +86,20 @@ class SimulatedGrid(Grid):
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Deliver messages and return the answers that came within `timeout` seconds."""
+        """Deliver messages and return the answers that came within `timeout` seconds, in the order of the messages."""
         started = time.monotonic()
         replies: list[Message] = []
-        answers = self._answers(self._tasks(messages))
+        tasks = self._tasks(messages)
+        place = {task.message().metadata.message_id: number for number, task in enumerate(tasks)}
+        answers = self._answers(tasks)
         while timeout is None or time.monotonic() - started <= timeout:
             reply = next(answers, None)
             if reply is None:
                 break
             replies.append(reply)
-        return replies
+        self._told(replies, tasks, started)
+        # Strategies add floats up in the order of the answers: it must not depend on who was first.
+        return sorted(replies, key=lambda reply: place[reply.metadata.reply_to_message_id])
 
     def sum_of_updates(self, content: RecordDict, node_ids: Iterable[int], *, message_type: str = "train") -> CohortSum:
         """Send `content` to all `node_ids` and return the sum of their updates alone: no reply is ever kept.
@@ -100,20 +109,17 @@ class SimulatedGrid(Grid):
         """
         if self._between is not None:
             self._between()
-        return self._engine.total([Task(content, message_type, self._context(node_id)) for node_id in node_ids])
+        started = time.monotonic()
+        tasks = [Task(content, message_type, self.context_of(node_id)) for node_id in node_ids]
+        total = self._engine.total(tasks)
+        self._waves.summed(total, asked=len(tasks), seconds=time.monotonic() - started)
+        return total
 
-    def _tasks(self, messages: Iterable[Message]) -> list[Task]:
-        if self._between is not None:
-            self._between()
-        tasks = []
-        for message in messages:
-            if not message.has_content():
-                raise ValueError("message: got one without content, expected an instruction")
-            context = self._context(message.metadata.dst_node_id)
-            tasks.append(Task(message.content, message.metadata.message_type, context, sealed(message)))
-        return tasks
+    def context_of(self, node_id: int) -> Context:
+        """The node's Context, made if it is not there yet.
 
-    def _context(self, node_id: int) -> Context:
+        Raises: ValueError if there is no such node.
+        """
         if node_id not in self._contexts:
             if node_id not in self._nodes:
                 raise ValueError(
@@ -127,6 +133,33 @@ class SimulatedGrid(Grid):
                 run_config=dict(self._run_config),
             )
         return self._contexts[node_id]
+
+    def node_states(self) -> dict[int, RecordDict]:
+        """What the nodes keep from round to round, by node id, of those that keep something."""
+        return {node_id: context.state for node_id, context in self._contexts.items() if len(context.state)}
+
+    def restore(self, states: Mapping[int, RecordDict]) -> None:
+        """Give nodes back what they kept in an earlier run.
+
+        Raises: ValueError if a node is not there.
+        """
+        for node_id, state in states.items():
+            self.context_of(node_id).state = state
+
+    def _tasks(self, messages: Iterable[Message]) -> list[Task]:
+        if self._between is not None:
+            self._between()
+        tasks = []
+        for message in messages:
+            if not message.has_content():
+                raise ValueError("message: got one without content, expected an instruction")
+            context = self.context_of(message.metadata.dst_node_id)
+            tasks.append(Task(message.content, message.metadata.message_type, context, sealed(message)))
+        return tasks
+
+    def _told(self, replies: Sequence[Message], tasks: Sequence[Task], started: float) -> None:
+        asked = [task.message_type for task in tasks]
+        self._waves.answered(replies, asked=asked, seconds=time.monotonic() - started)
 
     def _answers(self, tasks: Sequence[Task]) -> Iterator[Message]:
         for reply in self._engine.replies(tasks):
@@ -172,10 +205,16 @@ def run_in_process(
     return run_on(server_app, InProcessGrid(client_app, nodes, run_config, progress, between), run_config)
 
 
-def run_on(server_app: ServerApp, grid: SimulatedGrid, run_config: Config) -> Context:
+def run_on(
+    server_app: ServerApp, grid: SimulatedGrid, run_config: Config, *, node_config: Config | None = None
+) -> Context:
     """Run `server_app` on `grid`, and return its Context after its main function."""
     context = Context(
-        run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config)
+        run_id=grid.run.run_id,
+        node_id=0,
+        node_config=dict(node_config or {}),
+        state=RecordDict(),
+        run_config=dict(run_config),
     )
     with _task_of(grid.run):
         server_app(grid, context)

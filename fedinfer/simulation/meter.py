@@ -28,7 +28,7 @@ class Meter:
 
     def count(self, reply: Message) -> None:
         """Count a reply if it is an update."""
-        self.updates += reply.has_content() and reply.metadata.message_type.split(".")[0] == "train"
+        self.updates += reply.has_content() and is_training(reply.metadata.message_type)
 
 
 class Metered:
@@ -52,3 +52,8 @@ class Metered:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def is_training(message_type: str) -> bool:
+    """Whether a message asks for an update, or is one."""
+    return message_type.split(".")[0] == "train"

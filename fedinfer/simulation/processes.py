@@ -52,7 +52,10 @@ class Processes:
             self._pool = self._start()
 
     def total(self, tasks: Sequence[Task]) -> CohortSum:
-        return total_of(tasks, self.replies(tasks))
+        # In the order of the tasks: a sum of floats must not depend on who was first.
+        place = {task.context.node_id: number for number, task in enumerate(tasks)}
+        replies = sorted(self.replies(tasks), key=lambda reply: place[reply.metadata.src_node_id])
+        return total_of(tasks, replies)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, kill_workers=True)

@@ -55,12 +55,13 @@ class RayCohorts:
         self._workers = [self._make() for _ in range(count)]
 
     def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
-        for replies in self._shared("replies", tasks):
+        for _, replies in self._shared("replies", tasks):
             yield from replies
 
     def total(self, tasks: Sequence[Task]) -> CohortSum:
         summing = Summing()
-        for total in self._shared("total", tasks):
+        # In the order of the workers: a sum of floats must not depend on who was first.
+        for _, total in sorted(self._shared("total", tasks), key=lambda done: done[0]):
             summing.join(total)
         return summing.result()
 
@@ -70,8 +71,8 @@ class RayCohorts:
         if self._started:
             ray.shutdown()
 
-    def _shared(self, method: str, tasks: Sequence[Task]) -> Iterator[Any]:
-        """What each worker's `method` gives for its share of the tasks, in the order in which they are done."""
+    def _shared(self, method: str, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+        """Each worker's number and what its `method` gives for its share of the tasks, in the order they are done."""
         running: dict[Any, tuple[int, Sequence[Task], int]] = {}
         for index, worker in enumerate(self._workers):
             # A node goes to the same worker in each round, which has its rows.
@@ -94,7 +95,7 @@ class RayCohorts:
                 continue
             for task, state in zip(share, states, strict=True):
                 task.context.state = state
-            yield outcome
+            yield index, outcome
 
 
 def _connect(workers: int | None) -> None:

@@ -45,14 +45,13 @@ class Replies:
     """Makes the replies of clients that were sent the same state: what training does not move is shared by all."""
 
     def __init__(self, sent: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+        arrays = {name: tensor.cpu().numpy() for name, tensor in sent.items()}
         self._fixed = {
-            name: LazyArray(tensor.numpy(), str(tensor.numpy().dtype))
-            for name, tensor in sent.items()
-            if name not in aliases
+            name: LazyArray(array, str(array.dtype)) for name, array in arrays.items() if name not in aliases
         }
         self._names = list(sent)
         self._aliases = aliases
-        self._dtypes = {name: str(sent[name].numpy().dtype) for name in aliases}
+        self._dtypes = {name: str(arrays[name].dtype) for name in aliases}
 
     def reply(
         self,
@@ -84,4 +83,4 @@ def row_record(values: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 def stacked_arrays(weights: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     """Stacked tensors (C, *shape) as arrays."""
-    return {name: weight.numpy() for name, weight in weights.items()}
+    return {name: weight.cpu().numpy() for name, weight in weights.items()}

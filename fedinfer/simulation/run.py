@@ -5,7 +5,7 @@ A simulation of a `LocalTask` is exact: given a seed, each backend draws the sam
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,6 +19,7 @@ from flwr.serverapp import ServerApp
 from fedinfer.errors import BadUsage
 from fedinfer.local_app import SEED_KEY, LocalApp
 from fedinfer.privacy import PrivacyPlan
+from fedinfer.simulation.callbacks import Callback
 from fedinfer.simulation.engines import Engine, OneByOne
 from fedinfer.simulation.flower_engine import run_by_flower
 from fedinfer.simulation.grid import Config, SimulatedGrid, run_on
@@ -27,8 +28,10 @@ from fedinfer.simulation.populated import PopulatedGrid
 from fedinfer.simulation.population import Population
 from fedinfer.simulation.processes import Processes
 from fedinfer.simulation.vectorised import Vectorised
+from fedinfer.simulation.waves import Waves
 
 Backend = Literal["vectorised", "process", "ray", "flower"]
+DeviceName = Literal["cpu", "cuda"]
 MEMORY_BYTES = 1 << 30
 
 
@@ -64,6 +67,8 @@ def simulate(
     workers: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
     population: Population | None = None,
+    device: DeviceName = "cpu",
+    callbacks: Sequence[Callback] = (),
 ) -> SimulationResult:
     """Run `server_app` against `num_clients` nodes of `client_app`; node i has partition-id i.
 
@@ -72,25 +77,34 @@ def simulate(
     cluster that RAY_ADDRESS names if it is set; "flower" is Flower's own simulation, for comparison. With a `seed` the
     clients' randomness and the global generators of Python, NumPy and torch are repeatable. With a
     `population` nodes come and go, take their time on a virtual clock and fail (`populated.py`): the ServerApp's grid
-    is a `PopulatedGrid`.
+    is a `PopulatedGrid`. A LocalTask's clients compute on `device`; weights and rows come and go on the CPU, and so
+    does all noise. `callbacks` are told what the grid sees of each wave of training messages, whatever the ServerApp is.
 
     Guarantees: for a LocalTask and a seed every backend gives each client the same rows and noise, and the same
-    answer up to rounding.
+    answer up to rounding; "vectorised" and "process" give the same bits at each run on the same machine, however many
+    `workers` there are.
     Raises: BadUsage for an argument that cannot be; what the ServerApp raises.
     """
     if type(num_clients) is not int or num_clients < 1:
         raise BadUsage(f"clients: got {num_clients}, expected a whole number of at least 1")
     if population is not None and backend == "flower":
         raise BadUsage("population: got one for Flower's own simulation, which has none; expected another backend")
+    _check_device(device, client_app, backend)
     seeded: Mapping[str, int] = {SEED_KEY: seed} if seed is not None and isinstance(client_app, LocalApp) else {}
-    meter = Meter()
-    with repeatable(seed):
+    meter, waves = Meter(), Waves(callbacks)
+    with repeatable(seed), closing_waves(waves):
         if backend == "flower":
             context = run_by_flower(
-                server_app, client_app, nodes=num_clients, node_config=seeded, run_config=run_config or {}, meter=meter
+                server_app,
+                client_app,
+                nodes=num_clients,
+                node_config=seeded,
+                run_config=run_config or {},
+                meter=meter,
+                waves=waves,
             )
         else:
-            engine = _engine(client_app, backend, workers, memory_bytes)
+            engine = _engine(client_app, backend, workers, memory_bytes, torch.device(device))
             try:
                 grid = _grid(
                     Metered(engine, meter),
@@ -99,8 +113,9 @@ def simulate(
                     nodes=num_clients,
                     configure=lambda index: {"partition-id": index, "num-partitions": num_clients, **seeded},
                     run_config=run_config or {},
+                    waves=waves,
                 )
-                context = run_on(server_app, grid, run_config or {})
+                context = run_on(server_app, grid, run_config or {}, node_config=seeded)
             finally:
                 engine.close()
     return SimulationResult(
@@ -112,10 +127,26 @@ def simulate(
     )
 
 
-def _engine(client_app: ClientApp, backend: str, workers: int | None, memory_bytes: int) -> Engine:
+def _check_device(device: str, client_app: ClientApp, backend: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise BadUsage(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+    if device == "cpu":
+        return
+    if backend != "vectorised" or not isinstance(client_app, LocalApp):
+        raise BadUsage(
+            f"device: got {device!r} for what is not a LocalTask on backend 'vectorised', expected 'cpu'; a ClientApp "
+            "of its own code says itself where it computes"
+        )
+    if not torch.cuda.is_available():
+        raise BadUsage("device: got 'cuda', but torch finds no GPU on this machine; expected 'cpu'")
+
+
+def _engine(
+    client_app: ClientApp, backend: str, workers: int | None, memory_bytes: int, device: torch.device
+) -> Engine:
     if backend == "vectorised":
         if isinstance(client_app, LocalApp):
-            return Vectorised(client_app, memory_bytes=memory_bytes, workers=workers)
+            return Vectorised(client_app, memory_bytes=memory_bytes, workers=workers, device=device)
         return OneByOne(client_app)
     if backend == "process":
         return Processes(client_app, workers=workers)
@@ -137,12 +168,29 @@ def _grid(
     nodes: int,
     configure: Callable[[int], Config],
     run_config: Config,
+    waves: Waves,
 ) -> SimulatedGrid:
     if population is None:
-        return SimulatedGrid(engine, nodes=nodes, configure=configure, run_config=run_config)
+        return SimulatedGrid(engine, nodes=nodes, configure=configure, run_config=run_config, waves=waves)
     return PopulatedGrid(
-        engine, population=population, plan=plan, nodes=nodes, configure=configure, run_config=run_config
+        engine,
+        population=population,
+        plan=plan,
+        nodes=nodes,
+        configure=configure,
+        run_config=run_config,
+        waves=waves,
     )
+
+
+@contextmanager
+def closing_waves(waves: Waves) -> Iterator[None]:
+    """Callbacks are told that the run begins and, however it goes, that it is over."""
+    try:
+        waves.begin()
+        yield
+    finally:
+        waves.end()
 
 
 @contextmanager

@@ -268,7 +268,7 @@ def _agree(task: LocalTask, stack: Stack, state: State, probes: Sequence[Rows]) 
         weights = [p.detach() for p in net.parameters() if p.requires_grad]
         near = [torch.stack([w + 0.05 * torch.randn_like(w) for _ in probes]) for w in weights]
         stack.use(state)
-        index, present = padded([len(x) for x, _ in probes])
+        index, present = (part.to(probes[0][0].device) for part in padded([len(x) for x, _ in probes]))
         x = torch.cat([x for x, _ in probes])[index]
         y = torch.cat([y for _, y in probes])[index]
         if plan is None or isinstance(task.algorithm, Ditto):

@@ -7,7 +7,7 @@ import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -32,10 +32,13 @@ from fedinfer.simulation.cohort import Trained, train_chunk
 from fedinfer.simulation.engines import CohortSum, Summing, Task, answer, error_reply, sealed
 from fedinfer.simulation.evaluated import evaluations
 from fedinfer.simulation.records import Replies, row_record, stacked_arrays
-from fedinfer.simulation.rows import KeptRows, size_bytes
+from fedinfer.simulation.rows import CPU, KeptRows, size_bytes
 from fedinfer.simulation.stacked import Stack, State, choose
 
 log = logging.getLogger("fedinfer.simulation")
+# So much of a cohort is sorted into chunks together. It is a constant, so that the bits of a sum do not depend on the
+# memory that somebody grants, as long as this much is granted.
+BLOCK_BYTES = 256 << 20
 # A chunk's weights, gradients and activations: small enough to stay near the processor.
 CHUNK_BYTES = 16 << 20
 MOST_CLIENTS = 1024
@@ -64,22 +67,29 @@ class Done:
 
 
 class Vectorised:
-    """Runs a `LocalApp` a chunk of clients at a time, on `workers` threads.
+    """Runs a `LocalApp` a chunk of clients at a time, on `workers` threads, and on `device` what torch computes.
 
     Rows that `load` gave are kept while `memory_bytes` lasts, and no more than that is held of a cohort at once
     besides. Whether a stack gives what the device's code gives is tried on the first cohort's rows; if none does,
     one line in the log says why and clients run one after another.
     """
 
-    def __init__(self, app: LocalApp, *, memory_bytes: int, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        app: LocalApp,
+        *,
+        memory_bytes: int,
+        workers: int | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         if not isinstance(app.task, LocalTask):
             raise BadUsage(f"vectorised: got a {type(app.task).__name__}, expected a LocalTask")
         self._app = app
-        self._task = app.task
+        self._task = replace(app.task, model=copy.deepcopy(app.task.model).to(device))
         self._workers = workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers)
-        self._memory_bytes = memory_bytes
-        self._kept = KeptRows(app, memory_bytes=memory_bytes)
+        self._block_bytes = min(memory_bytes, BLOCK_BYTES)
+        self._kept = KeptRows(app, memory_bytes=memory_bytes, device=device)
         self._make: Callable[[], Stack] | None = None
         self._refused = False
         self._stacks: queue.SimpleQueue[Stack] = queue.SimpleQueue()
@@ -129,11 +139,11 @@ class Vectorised:
                         continue
                     weight = outcome.examples
                     moved = {
-                        name: weight * (tensor.double() - client.state[name].double()).numpy()
+                        name: weight * (tensor.double() - client.state[name].double()).cpu().numpy()
                         for name, tensor in outcome.state.items()
                     }
                     summing.add(moved, weight=weight, replies=1)
-                    summing.add_auxiliary({name: tensor.numpy() for name, tensor in outcome.auxiliary.items()})
+                    summing.add_auxiliary({name: tensor.cpu().numpy() for name, tensor in outcome.auxiliary.items()})
                     if outcome.loss is not None:
                         summing.add_losses(weight * outcome.loss, 1)
         return summing.result()
@@ -148,13 +158,15 @@ class Vectorised:
         sums: dict[str, Tensor] = {}
         for name, after in trained.weights.items():
             start = ordered[0].state[name][None] if one else torch.stack([client.state[name] for client in ordered])
-            sums[name] = torch.tensordot(weight.to(after.dtype), after - start, dims=1)
+            # What a plan releases is summed in double precision: its margin for rounding is for such sums.
+            end = after.double() if self._task.plan is not None else after
+            sums[name] = torch.tensordot(weight.to(end), end - start, dims=1)
         moved = {
-            name: sums[self._shared[name]].numpy() if name in self._shared else torch.zeros_like(tensor).numpy()
+            name: (sums[self._shared[name]] if name in self._shared else torch.zeros_like(tensor)).cpu().numpy()
             for name, tensor in ordered[0].state.items()
         }
         summing.add(moved, weight=float(weight.sum()), replies=len(ordered))
-        summing.add_auxiliary({name: part.sum(0).numpy() for name, part in trained.auxiliary.items()})
+        summing.add_auxiliary({name: part.sum(0).cpu().numpy() for name, part in trained.auxiliary.items()})
         if trained.losses is not None:
             weighted = [one * loss for one, loss in zip(weight.tolist(), trained.losses, strict=True)]
             summing.add_losses(sum(weighted), len(ordered))
@@ -185,7 +197,7 @@ class Vectorised:
             block.append(ready)
             here.add(task.context.node_id)
             held += size_bytes(ready.x) + size_bytes(ready.y) + self._client_weights_bytes
-            if held > self._memory_bytes:
+            if held > self._block_bytes:
                 yield from self._run(block)
                 block, held, here = [], 0, set()
         if block:
