@@ -293,6 +293,25 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog="Example:  fedinfer simulate --config experiments/configs/digits.toml;  "
+    "goes on after Ctrl-C:  fedinfer simulate --config experiments/configs/digits.toml --resume"
+)
+def simulate(
+    config: Annotated[
+        Path, typer.Option("--config", metavar="FILE.toml", help="Data, model, task, cohort, rule, privacy, output.")
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint beside the weights, to the same weights.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train with many simulated clients on this machine, as a TOML file says; docs/simulation.md lists its keys."""
+    from fedinfer.cli.simulate import run_simulation
+
+    run_simulation(config, resume=resume, as_json=json)
+
+
 LedgerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A ledger file.")]
 
 
