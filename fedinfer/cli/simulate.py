@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from flwr.app import ArrayRecord
 from safetensors.torch import save as to_bytes
 
 from fedinfer.cli.console import note, show_json
@@ -28,6 +27,7 @@ from fedinfer.simulation import (
     TensorBoard,
     federation,
     simulate,
+    weights_after,
 )
 from fedinfer.simulation.run import Backend, DeviceName
 
@@ -128,9 +128,7 @@ def _finish(
     config: Simulation, result: SimulationResult, plan: PrivacyPlan | None, measure: Measure | None
 ) -> Mapping[str, Any]:
     """Write the weights, with the summary in their header, and the plot; the summary."""
-    record = result.context.state["arrays"]
-    assert isinstance(record, ArrayRecord)
-    weights = record.to_torch_state_dict()
+    weights = weights_after(result)
     protected = plan is not None and not result.void
     summary: dict[str, Any] = {
         "weights": str(config.output.weights),

@@ -2,16 +2,16 @@
 
 from fedinfer.simulation.availability import Always, OnOff, Periodic, RecordedTrace
 from fedinfer.simulation.buffered import BufferedStep, FedBuff
-from fedinfer.simulation.clock import Wait
 from fedinfer.simulation.callbacks import Callback, RoundLog
+from fedinfer.simulation.clock import Wait
 from fedinfer.simulation.engines import CohortSum
 from fedinfer.simulation.federation import federation
 from fedinfer.simulation.grid import InProcessGrid, SimulatedGrid, run_in_process
-from fedinfer.simulation.populated import PopulatedGrid
-from fedinfer.simulation.population import LogNormalSeconds, Population, SameSeconds
 from fedinfer.simulation.logs import CsvLog, JsonLines, ProgressBar, TensorBoard
 from fedinfer.simulation.loop_state import Checkpoint
-from fedinfer.simulation.run import SimulationResult, simulate
+from fedinfer.simulation.populated import PopulatedGrid
+from fedinfer.simulation.population import LogNormalSeconds, Population, SameSeconds
+from fedinfer.simulation.run import SimulationResult, simulate, weights_after
 from fedinfer.simulation.scaffold import ScaffoldStrategy, ServerControl
 
 __all__ = [
@@ -42,4 +42,5 @@ __all__ = [
     "federation",
     "run_in_process",
     "simulate",
+    "weights_after",
 ]

@@ -107,7 +107,7 @@ def federation(
         finally:
             for callback in callbacks:
                 callback.end()
-        context.state["arrays"] = ArrayRecord(dict(state.weights))
+        context.state[ARRAYS] = ArrayRecord(dict(state.weights))
         context.state["loop"] = MetricRecord({"round": state.round, "releases": state.releases})
 
     return app

@@ -12,12 +12,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from flwr.app import Context
+from flwr.app import ArrayRecord, Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
+from torch import Tensor
 
 from fedinfer.errors import BadUsage
-from fedinfer.local_app import SEED_KEY, LocalApp
+from fedinfer.local_app import ARRAYS, SEED_KEY, LocalApp
 from fedinfer.privacy import PrivacyPlan
 from fedinfer.simulation.callbacks import Callback
 from fedinfer.simulation.engines import Engine, OneByOne
@@ -78,7 +79,7 @@ def simulate(
     clients' randomness and the global generators of Python, NumPy and torch are repeatable. With a
     `population` nodes come and go, take their time on a virtual clock and fail (`populated.py`): the ServerApp's grid
     is a `PopulatedGrid`. A LocalTask's clients compute on `device`; weights and rows come and go on the CPU, and so
-    does all noise. `callbacks` are told what the grid sees of each wave of training messages, whatever the ServerApp is.
+    does all noise. `callbacks` are told what the grid sees of each wave of training messages under any ServerApp.
 
     Guarantees: for a LocalTask and a seed every backend gives each client the same rows and noise, and the same
     answer up to rounding; "vectorised" and "process" give the same bits at each run on the same machine, however many
@@ -125,6 +126,17 @@ def simulate(
         seconds=time.monotonic() - meter.started,
         void=seed is not None,
     )
+
+
+def weights_after(result: SimulationResult) -> dict[str, Tensor]:
+    """The `state_dict` that a ServerApp left as "arrays" in its Context, as `federation` does.
+
+    Raises: BadUsage if it left none.
+    """
+    record = result.context.state.get(ARRAYS)
+    if not isinstance(record, ArrayRecord):
+        raise BadUsage(f"simulation: got no ArrayRecord {ARRAYS!r} in context.state, expected the weights")
+    return dict(record.to_torch_state_dict())
 
 
 def _check_device(device: str, client_app: ClientApp, backend: str) -> None:
