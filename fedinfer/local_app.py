@@ -125,7 +125,7 @@ class LocalApp(ClientApp):
         Raises: BudgetExceeded if the plan has too few releases left.
         """
         partition, partitions = place_of(context)
-        visits, done = charge(context, self.task)
+        visits, done = charge(context.state, self.task)
         seed = context.node_config.get(SEED_KEY)
         own = None if seed is None else f"local task {seed}/{partition}/{visits}"
         return Visit(partition=partition, partitions=partitions, done=done, seed=own, memory=memory_in(context))
@@ -152,14 +152,14 @@ class hidden_errors:  # noqa: N801 (a context manager)
             raise BadInput(f"local task: got {type(error).__name__} on the rows of this device") from None
 
 
-def charge(context: Context, task: Task) -> tuple[int, int]:
-    """Count one turn of `task` in the node's state; how many turns and releases there were before.
+def charge(state: RecordDict, task: Task) -> tuple[int, int]:
+    """Count one turn of `task` in what a node keeps; how many turns and releases there were before.
 
     Raises: BudgetExceeded if the plan has too few releases left; nothing is counted then.
     """
-    record = context.state.get(STATE_KEY)
+    record = state.get(STATE_KEY)
     if not isinstance(record, MetricRecord):
-        record = context.state[STATE_KEY] = MetricRecord({"visits": 0, "releases": 0})
+        record = state[STATE_KEY] = MetricRecord({"visits": 0, "releases": 0})
     visits, done = _whole(record, "visits"), _whole(record, "releases")
     if task.plan is not None and done + task.releases > task.plan.steps:
         raise BudgetExceeded(

@@ -129,7 +129,7 @@ class Loop:
 
     def run(self, grid: SimulatedGrid, seed: int | None) -> LoopState:
         """All rounds that are still to be done; the last state."""
-        digest = self._digest(len(grid.get_node_ids()), seed)
+        digest = self._digest(len(grid.nodes), seed)
         state = self._start(grid, seed, digest)
         self._check_releases(state)
         for callback in self.callbacks:
@@ -164,14 +164,13 @@ class Loop:
         state = load_state(self.checkpoint.path, digest=digest)
         # The file keeps names in an order of its own.
         state = replace(state, weights={name: state.weights[name] for name in self.task.model.state_dict()})
+        if state.begun is not None:
+            # Noise from the operating system does not come again: what that round released, it has released.
+            log.warning("round %d was begun before and is charged again", state.round + 1)
+            for node_id in state.begun:
+                with suppress(BudgetExceeded):
+                    charge(state.nodes.setdefault(node_id, RecordDict()), self.task)
         grid.restore(state.nodes)
-        if seed is not None or state.begun is None:
-            return replace(state, nodes={})
-        # Noise from the operating system does not come again: what the round released, it has released.
-        for node_id in state.begun:
-            with suppress(BudgetExceeded):
-                charge(grid.context_of(node_id), self.task)
-        log.warning("round %d was begun before and is charged twice", state.round + 1)
         return replace(state, nodes={}, begun=None)
 
     def _check_releases(self, state: LoopState) -> None:
@@ -192,9 +191,8 @@ class Loop:
         if seed is not None:
             # Layers that draw numbers take them from here, whether the run was interrupted or not.
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big"))
-        nodes = grid.get_node_ids()
-        chosen = self.cohort.choose(len(nodes), step, _stream(seed, number, "cohort"))
-        asked = tuple(nodes[index] for index in chosen.tolist())
+        chosen = self.cohort.choose(len(grid.nodes), step, _stream(seed, number, "cohort"))
+        asked = tuple(grid.nodes[index] for index in chosen.tolist())
         releases = state.releases + (self.plan is not None)
         if seed is None and self.task.plan is not None and self.checkpoint is not None:
             begun = replace(state, nodes=grid.node_states(), releases=releases, begun=asked)

@@ -67,7 +67,12 @@ class SimulatedGrid(Grid):
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def get_node_ids(self) -> range:
+    @property
+    def nodes(self) -> range:
+        """The ids of all nodes."""
+        return self._nodes
+
+    def get_node_ids(self) -> Iterable[int]:
         return self._nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -110,16 +115,35 @@ class SimulatedGrid(Grid):
         if self._between is not None:
             self._between()
         started = time.monotonic()
-        tasks = [Task(content, message_type, self.context_of(node_id)) for node_id in node_ids]
+        tasks = [Task(content, message_type, self._context(node_id)) for node_id in node_ids]
         total = self._engine.total(tasks)
         self._waves.summed(total, asked=len(tasks), seconds=time.monotonic() - started)
         return total
 
-    def context_of(self, node_id: int) -> Context:
-        """The node's Context, made if it is not there yet.
+    def node_states(self) -> dict[int, RecordDict]:
+        """What the nodes keep from round to round, by node id, of those that keep something."""
+        return {node_id: context.state for node_id, context in self._contexts.items() if len(context.state)}
 
-        Raises: ValueError if there is no such node.
+    def restore(self, states: Mapping[int, RecordDict]) -> None:
+        """Give nodes back what they kept in an earlier run.
+
+        Raises: ValueError if a node is not there.
         """
+        for node_id, state in states.items():
+            self._context(node_id).state = state
+
+    def _tasks(self, messages: Iterable[Message]) -> list[Task]:
+        if self._between is not None:
+            self._between()
+        tasks = []
+        for message in messages:
+            if not message.has_content():
+                raise ValueError("message: got one without content, expected an instruction")
+            context = self._context(message.metadata.dst_node_id)
+            tasks.append(Task(message.content, message.metadata.message_type, context, sealed(message)))
+        return tasks
+
+    def _context(self, node_id: int) -> Context:
         if node_id not in self._contexts:
             if node_id not in self._nodes:
                 raise ValueError(
@@ -133,29 +157,6 @@ class SimulatedGrid(Grid):
                 run_config=dict(self._run_config),
             )
         return self._contexts[node_id]
-
-    def node_states(self) -> dict[int, RecordDict]:
-        """What the nodes keep from round to round, by node id, of those that keep something."""
-        return {node_id: context.state for node_id, context in self._contexts.items() if len(context.state)}
-
-    def restore(self, states: Mapping[int, RecordDict]) -> None:
-        """Give nodes back what they kept in an earlier run.
-
-        Raises: ValueError if a node is not there.
-        """
-        for node_id, state in states.items():
-            self.context_of(node_id).state = state
-
-    def _tasks(self, messages: Iterable[Message]) -> list[Task]:
-        if self._between is not None:
-            self._between()
-        tasks = []
-        for message in messages:
-            if not message.has_content():
-                raise ValueError("message: got one without content, expected an instruction")
-            context = self.context_of(message.metadata.dst_node_id)
-            tasks.append(Task(message.content, message.metadata.message_type, context, sealed(message)))
-        return tasks
 
     def _told(self, replies: Sequence[Message], tasks: Sequence[Task], started: float) -> None:
         asked = [task.message_type for task in tasks]

@@ -53,7 +53,7 @@ class LoopState:
     round: int
     weights: Mapping[str, Tensor] = field(repr=False)
     rule_state: RuleState = field(repr=False)
-    nodes: Mapping[int, RecordDict] = field(repr=False)
+    nodes: dict[int, RecordDict] = field(repr=False)
     releases: int = 0
     begun: tuple[int, ...] | None = field(default=None, repr=False)
 

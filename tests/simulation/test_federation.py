@@ -265,6 +265,46 @@ def test_the_plans_noise_is_in_the_weights_and_a_client_moves_them_by_the_clip()
     assert np.linalg.norm(moved - still) == pytest.approx(0.25 / 8.0, rel=1e-3), "the same noise, and the clip"
 
 
+def test_each_round_has_a_cohort_and_noise_of_its_own() -> None:
+    cohorts: list[set[int]] = []
+
+    def noted(partition: int, partitions: int) -> tuple[Tensor, Tensor]:
+        cohorts[-1].add(partition)
+        return load(partition, partitions)
+
+    class Marks(Seen):
+        def begin(self, done: int) -> None:
+            cohorts.append(set())
+
+        def round(self, record: RoundLog) -> None:
+            cohorts.append(set())
+
+    task = task_of()
+    cohort = FixedSize(size=4, population=CLIENTS)
+    # Too little memory to keep rows: each client of a cohort loads its own again.
+    simulate(
+        federation(task, rounds=4, cohort=cohort, callbacks=[Marks()]),
+        task.client_app(noted),
+        num_clients=CLIENTS,
+        seed=2,
+        memory_bytes=1,
+    )
+    assert [len(own) for own in cohorts] == [4, 4, 4, 4, 0]
+    assert len({frozenset(own) for own in cohorts[:4]}) > 1
+    plan = replace(PLAN, unit="client", sampler=Poisson(rate=1.0))
+    one, two = (
+        np.concatenate([array.ravel() for array in whole(noise_alone(plan, rounds)).values()]) for rounds in (1, 2)
+    )
+    start = np.concatenate([tensor.numpy().ravel() for tensor in task.model.state_dict().values()])
+    assert not np.allclose(two - one, one - start), "the same noise twice would cancel in a difference"
+
+
+def noise_alone(plan: PrivacyPlan, rounds: int) -> SimulationResult:
+    """Of clients without rows, from the starting weights of `task_of`."""
+    task = task_of(plan)
+    return simulate(federation(task, rounds=rounds), task.client_app(frozen), num_clients=CLIENTS, seed=2)
+
+
 def test_a_client_that_fails_counts_as_zero_under_a_plan_and_ends_a_run_without() -> None:
     plan = replace(PLAN, unit="client", divisor=6.0)
     task = task_of(plan)

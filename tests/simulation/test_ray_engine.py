@@ -1,7 +1,10 @@
 """Shares of a cohort on Ray workers: the answer of one process, and nothing lost with a worker that dies."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +34,6 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:
     """A local cluster of two workers for all tests here."""
-    import sys
-
     import ray
 
     path = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
@@ -105,3 +106,19 @@ def test_work_that_kills_every_worker_ends_the_run() -> None:
 def test_a_strangers_app_is_told_where_to_go() -> None:
     with pytest.raises(BadUsage, match="use 'flower'"):
         simulate(*numpy_app(), num_clients=2, backend="ray")
+
+
+def test_a_cluster_that_ray_address_names_goes_on_when_it_loses_a_node(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.simulation.ray_cluster", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=Path(__file__).parents[2],
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["nodes"], found["lost"]) == (2, True)
+    expected = [[total.weight, total.replies, len(total.errors)] for total in sums(task_of(), "vectorised")]
+    assert found["sums"] == expected * 2
