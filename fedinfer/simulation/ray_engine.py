@@ -49,10 +49,11 @@ class RayCohorts:
         if self._started:
             _connect(workers)
         count = workers or int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
-        remote: Any = ray.remote(num_cpus=1)(Worker)
+        remote: Any = ray.remote(Worker)
         held = ray.put(app)
-        self._make: Callable[[], Any] = lambda: remote.remote(held, memory_bytes)
-        self._workers = [self._make() for _ in range(count)]
+        # What takes a dead worker's place asks for no processor: where a node was lost, none may be free.
+        self._make: Callable[[int], Any] = lambda cpus: remote.options(num_cpus=cpus).remote(held, memory_bytes)
+        self._workers = [self._make(1) for _ in range(count)]
 
     def replies(self, tasks: Sequence[Task]) -> Iterator[Message]:
         for _, replies in self._shared("replies", tasks):
@@ -89,7 +90,7 @@ class RayCohorts:
                     raise RemoteError(
                         f"ray: got {TRIES} dead workers on the same {len(share)} clients; see Ray's logs"
                     ) from None
-                self._workers[index] = self._make()
+                self._workers[index] = self._make(0)
                 again = getattr(self._workers[index], method).remote(share)
                 running[again] = (index, share, tried + 1)
                 continue

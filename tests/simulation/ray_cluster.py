@@ -20,15 +20,19 @@ from tests.simulation.test_simulate import load, task_of
 
 def main(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    # A lost node is noticed in seconds; Ray's own patience is half a minute.
+    watch = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": watch}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address
+    second_id = second.node_id
     mark, lost = folder / "working", folder / "lost"
 
     def told(partition: int, partitions: int) -> tuple[Tensor, Tensor]:
         node = ray.get_runtime_context().get_node_id()
         (folder / f"node-{node}").touch()
-        if node == second.node_id and lost.exists():
+        if node == second_id and lost.exists():
             mark.touch()
             time.sleep(600.0)
         return load(partition, partitions)

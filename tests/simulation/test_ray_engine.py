@@ -113,7 +113,7 @@ def test_a_cluster_that_ray_address_names_goes_on_when_it_loses_a_node(tmp_path:
         [sys.executable, "-m", "tests.simulation.ray_cluster", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=270,
         check=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=Path(__file__).parents[2],
