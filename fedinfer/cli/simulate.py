@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 from fedinfer.cli.console import note, show_json
 from fedinfer.cli.console import out as screen
 from fedinfer.cli.simulation_file import Output, Simulation, read_simulation
-from fedinfer.cli.simulation_parts import Divided, Measure, model_of, rows_of, task_of
+from fedinfer.cli.simulation_parts import Measure, model_of, rows_of, task_of
 from fedinfer.cli.stopping import stop_between_steps
 from fedinfer.errors import BadInput, BadUsage
 from fedinfer.files import replace_file
@@ -57,7 +57,7 @@ def run_simulation(path: Path, *, resume: bool, as_json: bool) -> None:
     rows = rows_of(config.data)
     net = model_of(config.model, rows)
     task = task_of(config, net, rows)
-    parts = config.partition.divide(rows.y.numpy(), config.clients)
+    load = config.partition.divide(rows.y.numpy(), config.clients).load(rows.x, rows.y)
     measure = Measure(model=model_of(config.model, rows), x=rows.test_x, y=rows.test_y) if len(rows.test_y) else None
     logs = _logs(config.output)
     checkpoint = config.output.weights.with_name(config.output.weights.name + ".checkpoint")
@@ -77,7 +77,7 @@ def run_simulation(path: Path, *, resume: bool, as_json: bool) -> None:
         try:
             result = simulate(
                 app,
-                task.client_app(Divided(x=rows.x, y=rows.y, parts=parts)),
+                task.client_app(load),
                 num_clients=config.clients,
                 backend=cast(Backend, config.backend),
                 seed=config.seed,

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from fedinfer.cli.simulation_division import PARTITIONS, Partition
+from fedinfer.data.partitions import Iid, LabelDirichlet, Partition, Shards, SizeDirichlet
 from fedinfer.errors import BadInput, BadUsage
 from fedinfer.optimisers import Adam, Optimiser, Sgd
 from fedinfer.privacy.checks import check_delta, check_epsilon
@@ -21,6 +21,12 @@ from fedinfer.rules import FedSgd, ServerRule, rule_named
 
 T = TypeVar("T")
 OPTIMISERS: Mapping[str, type[Optimiser]] = {"sgd": Sgd, "adam": Adam}
+PARTITIONS: Mapping[str, type[Partition]] = {
+    "iid": Iid,
+    "dirichlet": LabelDirichlet,
+    "sizes": SizeDirichlet,
+    "shards": Shards,
+}
 OWN_OF_TASK: tuple[str, ...] = ("steps", "epochs", "batch_size")
 BACKENDS = ("vectorised", "process", "ray")
 MAX_FILE_BYTES = 1 << 20

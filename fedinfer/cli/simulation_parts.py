@@ -39,19 +39,6 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Divided:
-    """The rows of each client; it can be sent to another process."""
-
-    x: Tensor = field(repr=False)
-    y: Tensor = field(repr=False)
-    parts: Any = field(repr=False)
-
-    def __call__(self, partition: int, partitions: int) -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(self.parts[partition])
-        return self.x[rows], self.y[rows]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Measure:
     """Accuracy and mean loss on rows held out."""
 

@@ -69,7 +69,7 @@ class SimulatedGrid(Grid):
 
     @property
     def nodes(self) -> range:
-        """The ids of all nodes."""
+        """The ids of all nodes, there or not."""
         return self._nodes
 
     def get_node_ids(self) -> Iterable[int]:

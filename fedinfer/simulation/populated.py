@@ -6,6 +6,7 @@ Clients do their work when its answer is first needed, together with all others 
 answer does not depend on it.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -22,6 +23,7 @@ from fedinfer.simulation.clock import Floats, VirtualClock, Wait
 from fedinfer.simulation.engines import CohortSum, Engine, Summing, Task, sealed
 from fedinfer.simulation.grid import Config, SimulatedGrid
 from fedinfer.simulation.population import Answers, Population, check_claim
+from fedinfer.simulation.waves import Waves
 
 # How long a server waits before it asks again who is there. Flower's strategies ask twice before they begin to wait.
 POLL_S = 60.0
@@ -56,8 +58,9 @@ class PopulatedGrid(SimulatedGrid):
         nodes: int,
         configure: Callable[[int], Config],
         run_config: Config,
+        waves: Waves | None = None,
     ) -> None:
-        super().__init__(engine, nodes=nodes, configure=configure, run_config=run_config)
+        super().__init__(engine, nodes=nodes, configure=configure, run_config=run_config, waves=waves)
         if plan is not None:
             check_claim(plan, population)
         self.population = population
@@ -89,11 +92,6 @@ class PopulatedGrid(SimulatedGrid):
             )
         self._wait = wait
 
-    @property
-    def nodes(self) -> range:
-        """The ids of all nodes, there or not."""
-        return self._nodes
-
     def there(self, node_ids: Sequence[int] | range) -> NDArray[np.bool_]:
         """Which of the nodes are there now."""
         return self.population.there(np.asarray(node_ids, np.int64) - self._nodes.start, self.clock.now_s)
@@ -124,18 +122,23 @@ class PopulatedGrid(SimulatedGrid):
         wait = self._wait
         if timeout is not None:
             wait = replace(wait, timeout_s=timeout if wait.timeout_s is None else min(timeout, wait.timeout_s))
+        started = time.monotonic()
         trips = self._push(messages)
+        asked = [trip.task for trip in trips.values()]
         heard_s = np.array([trip.heard_s for trip in trips.values()], np.float64)
         in_time = self._until_closed(wait, heard_s, np.array([trip.answered for trip in trips.values()], np.bool_))
         taken = list(compress(trips, in_time))
         for late in trips.keys() - taken:
             del self._trips[late]
-        return self._pulled(taken)
+        replies = self._pulled(taken)
+        self._told(replies, asked, started)
+        return replies
 
     def sum_of_updates(self, content: RecordDict, node_ids: Iterable[int], *, message_type: str = "train") -> CohortSum:
         """The sum of the updates that came while the server waited; who was late is in neither sum nor errors."""
         if self._between is not None:
             self._between()
+        started = time.monotonic()
         tasks = [Task(content, message_type, self._context(node_id)) for node_id in node_ids]
         fates = self._send(tasks)
         in_time = self._until_closed(self._wait, fates.heard_s, fates.answered)
@@ -148,7 +151,9 @@ class PopulatedGrid(SimulatedGrid):
             elif heard:
                 summing.errors.append(_lost(task))
         summing.join(self._engine.total(taken))
-        return summing.result()
+        total = summing.result()
+        self._waves.summed(total, asked=len(tasks), seconds=time.monotonic() - started)
+        return total
 
     def _push(self, messages: Iterable[Message]) -> dict[str, Trip]:
         tasks = self._tasks(messages)

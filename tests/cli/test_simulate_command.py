@@ -113,6 +113,8 @@ def test_the_private_example_promises_its_epsilon(folder: Path, run: Run) -> Non
         [('"rows.npz"', '"own_parts:rows"'), ("[task]", '[model]\nfamily = "own_parts:network"\n[task]')],
         [('"rows.npz"', '"heart-disease"'), ("lr = 0.2", 'optimiser = "adam"\nlr = 0.01')],
         [("[task]", '[rule]\nname = "fedyogi"\nlearning_rate = 0.1\n[cohort]\nsampler = "cyclic"\nperiod = 2\n[task]')],
+        [("[task]", '[partition]\nscheme = "dirichlet"\nalpha = 0.1\nseed = 3\n[task]')],
+        [("[task]", '[partition]\nscheme = "shards"\nper_client = 1\n[task]')],
         [
             (
                 "[task]",
@@ -121,7 +123,7 @@ def test_the_private_example_promises_its_epsilon(folder: Path, run: Run) -> Non
             ("seed = 1\n", ""),
         ],
     ],
-    ids=["npz", "own parts", "heart", "yogi", "examples"],
+    ids=["npz", "own parts", "heart", "yogi", "dirichlet", "shards", "examples"],
 )
 def test_what_a_file_can_say(changes: list[tuple[str, str]], folder: Path, run: Run) -> None:
     result = run("simulate", "--config", write(folder, SMALL, *changes), "--json")
@@ -173,6 +175,11 @@ BAD = {
     "sampler": ([("[task]", '[cohort]\nsampler = "all"\n[task]')], 2, "[cohort] sampler: got 'all', expected one of"),
     "size": ([("[task]", '[cohort]\nsampler = "fixed size"\nsize = 9\n[task]')], 2, "[cohort] fixed size: got 9 of 6"),
     "scheme": ([("[task]", '[partition]\nscheme = "sorted"\n[task]')], 2, "[partition] scheme: got 'sorted'"),
+    "alpha": (
+        [("[task]", '[partition]\nscheme = "dirichlet"\n[task]')],
+        2,
+        "[partition] alpha: got none, expected one",
+    ),
     "rule": ([("[task]", '[rule]\nname = "fedfast"\n[task]')], 2, "[rule] rule: got 'fedfast', expected one of fedsgd"),
     "steps and epochs": ([("steps = 2", "steps = 2\nepochs = 2")], 2, "got steps=2 and epochs=2"),
     "held out": ([('"rows.npz"', '"rows.npz"\nheld_out = 1.0')], 2, "[data] held_out: got 1.0"),
