@@ -170,7 +170,7 @@ def control_of(algorithm: Algorithm, like: Named, given: Named | None) -> Named:
             f"scaffold: got control variates {sorted(given)}, expected one of the shape of each trained parameter; "
             "a server that sends them is fedinfer.simulation.ScaffoldStrategy"
         )
-    return {name: given[name].to(weight.dtype) for name, weight in like.items()}
+    return {name: given[name].to(weight) for name, weight in like.items()}
 
 
 def control_moves(sent: Named, moved: Named, control: Named, path: Tensor) -> Named:

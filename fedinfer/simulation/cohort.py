@@ -89,7 +89,8 @@ def train_chunk(task: LocalTask, stack: Stack, members: Sequence[Member]) -> Tra
     if own_pull is not None:
         memory = {name: weight.clone() for name, weight in memory.items()}
         _plain(task, stack, members, batches, list(memory.values()), own_pull)
-    memory, auxiliary = task.leaving(sent, weights, memory, control, torch.tensor([len(own) for own in batches]))
+    steps = torch.tensor([len(own) for own in batches], device=members[0].x.device)
+    memory, auxiliary = task.leaving(sent, weights, memory, control, steps)
     shared = {name: weight for name, weight in weights.items() if name not in task.local_names}
     if task.plan is not None and not private:
         clip_updates([sent[name] for name in shared], list(shared.values()), clip_norm=task.plan.clip_norm)
@@ -193,7 +194,7 @@ def _remembered(task: LocalTask, members: Sequence[Member], sent: Named) -> Name
     return {
         name: torch.stack(
             [
-                default[row] if member.turn.memory is None else member.turn.memory[name].to(default.dtype)
+                default[row] if member.turn.memory is None else member.turn.memory[name].to(default)
                 for row, member in enumerate(members)
             ]
         )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedinfer.algorithms import Scaffold
 from fedinfer.arrays import Vector, flatten, unflatten
 from fedinfer.errors import BadUsage, BudgetExceeded, RoundFailed
-from fedinfer.local_app import ARRAYS, SEED_KEY, charge
+from fedinfer.local_app import ARRAYS, CONTROL, SEED_KEY, charge
 from fedinfer.local_task import LocalTask
 from fedinfer.privacy import NoiseStream, PrivacyPlan, insecure_seeded_noise, os_noise
 from fedinfer.privacy.samplers import Poisson, Sampler, sampler_to_json
@@ -34,6 +36,8 @@ from fedinfer.simulation.callbacks import Callback, RoundLog, tell
 from fedinfer.simulation.engines import CohortSum
 from fedinfer.simulation.grid import SimulatedGrid
 from fedinfer.simulation.loop_state import Checkpoint, LoopState, load_state, save_state
+from fedinfer.simulation.populated import PopulatedGrid
+from fedinfer.simulation.scaffold import ServerControl
 
 log = logging.getLogger("fedinfer.simulation")
 Evaluate = Callable[[Mapping[str, Tensor]], Mapping[str, float]]
@@ -157,6 +161,8 @@ class Loop:
 
     def _start(self, grid: SimulatedGrid, seed: int | None, digest: str) -> LoopState:
         """The state to begin with, and the grid's nodes as they were."""
+        if self.checkpoint is not None and isinstance(grid, PopulatedGrid):
+            raise BadUsage("checkpoint: got a grid with a population, whose clock is not kept; expected none there")
         if self.checkpoint is None or not self.checkpoint.resume:
             weights = {name: tensor.detach().clone() for name, tensor in self.task.model.state_dict().items()}
             vector = flatten(_trained(self.task.model))
@@ -197,13 +203,23 @@ class Loop:
         if seed is None and self.task.plan is not None and self.checkpoint is not None:
             begun = replace(state, nodes=grid.node_states(), releases=releases, begun=asked)
             save_state(begun, self.checkpoint.path, digest=digest)
-        total = grid.sum_of_updates(RecordDict({ARRAYS: ArrayRecord(dict(state.weights))}), asked)
+        control = self._control(state.control)
+        content = RecordDict({ARRAYS: ArrayRecord(dict(state.weights))})
+        if control is not None:
+            content[CONTROL] = control.record
+        total = grid.sum_of_updates(content, asked)
         if asked and not total.replies and self.task.plan is None:
             reason = next((error.error.reason for error in total.errors), "none of them said why")
             raise RoundFailed(f"round {number}: got no answer of {len(asked)} clients, expected at least one; {reason}")
         weights, rule_state = self._moved(state, total, _stream(seed, number, "noise"))
+        moved = {}
+        if control is not None:
+            control.move(total.auxiliary, devices=len(grid.nodes))
+            moved = {name: array.numpy() for name, array in control.record.items()}
         seconds = time.monotonic() - started
-        after = LoopState(round=number, weights=weights, rule_state=rule_state, nodes={}, releases=releases)
+        after = LoopState(
+            round=number, weights=weights, rule_state=rule_state, nodes={}, control=moved, releases=releases
+        )
         due = self.evaluate is not None and (number % self.evaluate_every == 0 or number == self.rounds)
         return after, RoundLog(
             round=number,
@@ -217,6 +233,14 @@ class Loop:
 
     def _metrics(self, state: LoopState) -> Mapping[str, float]:
         return {} if self.evaluate is None else dict(self.evaluate(state.weights))
+
+    def _control(self, values: Mapping[str, NDArray[Any]]) -> ServerControl | None:
+        """The server's part of SCAFFOLD where it was left; None for other algorithms."""
+        if not isinstance(self.task.algorithm, Scaffold):
+            return None
+        control = ServerControl(self.task)
+        control.move(values, devices=1)
+        return control
 
     def _moved(self, state: LoopState, total: CohortSum, stream: NoiseStream) -> tuple[dict[str, Tensor], RuleState]:
         net = copy.deepcopy(self.task.model)

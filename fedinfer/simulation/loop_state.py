@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from fedinfer.rules import RuleState
 
 KEY = "fedinfer-simulation"
 FORMAT = 1
-WEIGHTS, RULE = "weights.", "rule."
+WEIGHTS, RULE, CONTROL = "weights.", "rule.", "control."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +46,17 @@ class Checkpoint:
 class LoopState:
     """All that is needed to go on after `round`.
 
-    `weights` is a `state_dict`. `nodes` holds what the nodes keep between rounds, by node id. `releases` counts those
-    that a plan of clients has made or may have made. `begun` are the nodes of a round that was begun and, as long as
-    they are here, not finished: what they released is spent, whether or not anybody saw it.
+    `weights` is a `state_dict`, `control` SCAFFOLD's c, empty for other algorithms. `nodes` holds what the nodes keep
+    between rounds, by node id. `releases` counts those that a plan of clients has made or may have made. `begun` are
+    the nodes of a round that was begun and, as long as they are here, not finished: what they released is spent,
+    whether or not anybody saw it.
     """
 
     round: int
     weights: Mapping[str, Tensor] = field(repr=False)
     rule_state: RuleState = field(repr=False)
     nodes: dict[int, RecordDict] = field(repr=False)
+    control: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     releases: int = 0
     begun: tuple[int, ...] | None = field(default=None, repr=False)
 
@@ -69,7 +72,8 @@ def save_state(state: LoopState, path: Path, *, digest: str) -> None:
     }
     kept = [recorddict_to_proto(record).SerializeToString() for record in state.nodes.values()]
     tensors = {WEIGHTS + name: tensor.detach().cpu().contiguous() for name, tensor in state.weights.items()}
-    tensors |= {RULE + name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.rule_state.items()}
+    for prefix, values in ((RULE, state.rule_state), (CONTROL, state.control)):
+        tensors |= {prefix + name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
     tensors |= {
         "begun": _whole(state.begun or ()),
         "node_ids": _whole(tuple(state.nodes)),
@@ -99,14 +103,19 @@ def load_state(path: Path, *, digest: str) -> LoopState:
             )
         return LoopState(
             round=header["round"],
-            weights={name.removeprefix(WEIGHTS): t for name, t in tensors.items() if name.startswith(WEIGHTS)},
-            rule_state={name.removeprefix(RULE): t.numpy() for name, t in tensors.items() if name.startswith(RULE)},
+            weights=_under(WEIGHTS, tensors),
+            rule_state={name: tensor.numpy() for name, tensor in _under(RULE, tensors).items()},
+            control={name: tensor.numpy() for name, tensor in _under(CONTROL, tensors).items()},
             nodes=_nodes(tensors),
             releases=header["releases"],
             begun=tuple(tensors["begun"].tolist()) if header["begun"] else None,
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, DecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: got a file that is not a checkpoint ({error})") from None
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _nodes(tensors: Mapping[str, Tensor]) -> dict[int, RecordDict]:

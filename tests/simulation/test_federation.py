@@ -21,8 +21,16 @@ from fedinfer.errors import BadUsage, BudgetExceeded, CheckpointError, RoundFail
 from fedinfer.optimisers import Adam, Sgd
 from fedinfer.privacy import Cyclic, FixedSize, Poisson, PrivacyPlan
 from fedinfer.rules import FedAdaptive, FedSgd, RuleState
-from fedinfer.simulation import Checkpoint, RoundLog, SimulationResult, federation, simulate
-from fedinfer.training import LocalTask
+from fedinfer.simulation import (
+    Checkpoint,
+    Population,
+    RoundLog,
+    ScaffoldStrategy,
+    SimulationResult,
+    federation,
+    simulate,
+)
+from fedinfer.training import LocalTask, Scaffold
 
 CLIENTS, INPUTS, CLASSES = 12, 5, 3
 PLAN = PrivacyPlan(clip_norm=1.0, noise_multiplier=2.0, sampler=Poisson(rate=0.5), delta=1e-5, steps=40)
@@ -154,6 +162,47 @@ def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(
     assert seen.begun == [5], "a callback that stops the run does not undo its round"
     assert [record.round for record in seen.records] == [6]
     assert same(run(resume=True), expected), "a finished run gives its weights"
+
+
+def test_scaffold_is_that_of_the_stock_strategy_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    task = replace(task_of(), optimiser=Sgd(lr=0.1), algorithm=Scaffold())
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = ScaffoldStrategy(FedAvg(fraction_evaluate=0.0, min_available_nodes=CLIENTS), task)
+        context.state["arrays"] = strategy.start(grid, ArrayRecord(task.model.state_dict()), num_rounds=4).arrays
+
+    def run(*callbacks: Seen, resume: bool = False) -> SimulationResult:
+        ours = federation(
+            task, rounds=4, callbacks=callbacks, checkpoint=Checkpoint(path=tmp_path / "loop", resume=resume)
+        )
+        return simulate(ours, task.client_app(load), num_clients=CLIENTS, seed=0)
+
+    stock = whole(simulate(app, task.client_app(load), num_clients=CLIENTS, seed=0))
+    expected = run()
+    assert all(np.allclose(weights, stock[name], rtol=1e-4, atol=1e-5) for name, weights in whole(expected).items())
+    with pytest.raises(KeyboardInterrupt):
+        run(Seen(2))
+    assert same(run(resume=True), expected)
+
+
+def test_a_population_is_sampled_whole_and_who_is_not_there_is_an_error(tmp_path: Path) -> None:
+    task, seen = task_of(replace(PLAN, unit="client", sampler=Poisson(rate=1.0))), Seen()
+    population = Population(dropout=0.5, seed=1)
+    simulate(
+        federation(task, rounds=6, callbacks=[seen]),
+        task.client_app(load),
+        num_clients=CLIENTS,
+        seed=0,
+        population=population,
+    )
+    assert {record.clients for record in seen.records} == {CLIENTS}
+    assert all(record.replies + record.errors == CLIENTS for record in seen.records)
+    assert 0 < sum(record.replies for record in seen.records) < 6 * CLIENTS
+    app = federation(task, rounds=1, checkpoint=Checkpoint(path=tmp_path / "loop"))
+    with pytest.raises(BadUsage, match="whose clock is not kept"):
+        simulate(app, task.client_app(load), num_clients=CLIENTS, population=population)
 
 
 def test_rounds_can_be_added_to_a_finished_run(tmp_path: Path) -> None:
