@@ -9,10 +9,10 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp import Grid, ServerApp, strategy
 from torch import Tensor, nn
 
+from fedinfer.algorithms import Algorithm, FedAvg, FedProx, Scaffold, control_of, shared_pull
 from fedinfer.errors import BadUsage
 from fedinfer.local_app import Visit
 from fedinfer.optimisers import Adam, Optimiser, Sgd
@@ -51,8 +51,8 @@ def stock(task: LocalTask) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        strategy = FedAvg(fraction_train=0.5, fraction_evaluate=0.0, min_available_nodes=CLIENTS)
-        context.state["arrays"] = strategy.start(grid, ArrayRecord(task.model.state_dict()), num_rounds=2).arrays
+        half = strategy.FedAvg(fraction_train=0.5, fraction_evaluate=0.0, min_available_nodes=CLIENTS)
+        context.state["arrays"] = half.start(grid, ArrayRecord(task.model.state_dict()), num_rounds=2).arrays
 
     return app
 
@@ -116,6 +116,7 @@ class Member:
     """A client of a chunk that computes on a GPU which is not there."""
 
     state: Mapping[str, Tensor]
+    control: Mapping[str, Tensor]
     x: Tensor
     y: Tensor
     turn: Visit
@@ -127,38 +128,51 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("optimiser", [Sgd(lr=0.1, momentum=0.5), Adam()])
+@pytest.mark.parametrize(
+    ("optimiser", "algorithm"),
+    [(Sgd(lr=0.1, momentum=0.5), FedAvg()), (Adam(), FedProx(mu=0.1)), (Sgd(lr=0.1), Scaffold())],
+)
 @pytest.mark.parametrize(
     ("stack_of", "model"), [(LinearStack, "linear"), (VmapStack, "linear"), (VmapStack, "convolution")]
 )
 def test_no_step_of_a_cohort_mixes_devices(
-    stack_of: type[LinearStack] | type[VmapStack], model: str, optimiser: Optimiser
+    stack_of: type[LinearStack] | type[VmapStack], model: str, optimiser: Optimiser, algorithm: Algorithm
 ) -> None:
     # A device of shapes without numbers stands for a GPU: an operation on two devices raises.
     other = torch.device("meta")
-    task = LocalTask(model=MODELS[model]().to(other), loss=losses, optimiser=optimiser, steps=2, batch_size=4)
-    state = {name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()}
+    net = MODELS[model]().to(other)
+    task = LocalTask(model=net, loss=losses, optimiser=optimiser, steps=2, batch_size=4, algorithm=algorithm)
+    state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    kept = {name: torch.ones(tensor.shape) for name, tensor in state.items()} if algorithm == Scaffold() else {}
     members = [
         Member(
             state=state,
+            control=control_of(algorithm, state, kept),
             x=torch.zeros(rows, INPUTS, device=other),
             y=torch.zeros(rows, dtype=torch.int64, device=other),
-            turn=Visit(partition=rows, partitions=9, done=0, seed=str(rows)),
+            turn=Visit(partition=rows, partitions=9, done=0, seed=str(rows), memory=kept or None),
         )
         for rows in (7, 3)
     ]
     stack: Stack = stack_of(task)
     stack.use(state)
-    weights = [weight.clone() for weight in cohort._start(task, members)]
+    sent = cohort._start(task, members)
+    control = cohort._stacked([member.control for member in members], sent if kept else {})
+    memory = cohort._remembered(task, members, sent)
+    pull = shared_pull(algorithm, sent, memory, control)
+    weights = {name: weight.clone() for name, weight in sent.items()}
     batches = [task.batches(len(member.x), member.turn.stream) for member in members]
-    assert cohort._plain(task, stack, members, batches, weights).device == other
+    assert cohort._plain(task, stack, members, batches, list(weights.values()), pull).device == other
+    steps = torch.tensor([len(own) for own in batches], device=other)
+    for left in task.leaving(sent, weights, memory, control, steps):
+        assert all(tensor.device == other for tensor in left.values())
     if stack_of is VmapStack:
         x, y, starts = cohort._joined(members)
         index, present = cohort._gathered([np.arange(2), np.arange(3)], starts, x.device)
-        sums = stack.clipped(weights, x[index], y[index], present, 1.0)
+        sums = stack.clipped(list(weights.values()), x[index], y[index], present, 1.0)
         assert all(total.device == other for total in sums)
     with pytest.raises(RuntimeError, match="on the expected device"):
-        weights[0] + torch.zeros(weights[0].shape)
+        next(iter(weights.values())) + torch.zeros(next(iter(weights.values())).shape)
 
 
 @pytest.mark.parametrize(
