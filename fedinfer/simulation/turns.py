@@ -95,14 +95,14 @@ class _MaxPool(torch.autograd.Function):
         last = x.contiguous(memory_format=torch.channels_last)
         found, places = torch.ops.aten.max_pool2d_with_indices(last, *window)
         ctx.window = window
-        ctx.save_for_backward(x, places.contiguous())
+        ctx.save_for_backward(x, places)
         return cast(Tensor, found.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         x, places = ctx.saved_tensors
         (gradient,) = gradients
-        return torch.ops.aten.max_pool2d_with_indices_backward(gradient.contiguous(), x, *ctx.window, places), None
+        return torch.ops.aten.max_pool2d_with_indices_backward(gradient, x, *ctx.window, places), None
 
 
 def _pair(size: int | tuple[int, ...]) -> list[int]:

@@ -21,7 +21,7 @@ from fedinfer.privacy import Cyclic, Poisson, PrivacyPlan, insecure_seeded_noise
 from fedinfer.simulation import stacked
 from fedinfer.simulation.engines import Engine, OneByOne
 from fedinfer.simulation.grid import SimulatedGrid, run_on
-from fedinfer.simulation.stacked import LinearStack, VmapStack, choose
+from fedinfer.simulation.stacked import LinearStack, Stack, VmapStack, choose
 from fedinfer.simulation.turns import Turns
 from fedinfer.simulation.vectorised import Vectorised
 from fedinfer.training import Adam, Ditto, FedAvg, FedProx, LocalParameters, LocalTask, Scaffold, Sgd
@@ -303,6 +303,16 @@ def test_which_stack_is_chosen() -> None:
     for model, stack in ((large, Turns), (Mixing().double(), Turns)):
         task = LocalTask(model=model, loss=cross_entropy, optimiser=Sgd(lr=0.1), steps=1, batch_size=5)
         assert type(choose(task, model.state_dict(), rows)()) is stack
+
+
+@pytest.mark.parametrize("stack", [LinearStack, VmapStack, Turns])
+def test_what_is_not_trained_is_what_was_sent(stack: type[Stack], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack that kept its own frozen layer, or its own buffer, would not be chosen."""
+    monkeypatch.setattr(stacked, "makers", lambda task: (stack,))
+    task = task_of("own forward", Sgd(lr=0.1), "none", torch.float64)
+    sent = {name: tensor + 0.1 for name, tensor in task.model.state_dict().items()}
+    rows = [loader(torch.float64)(partition, 0) for partition in range(4)]
+    assert type(choose(task, sent, rows)()) is stack
 
 
 def test_a_seed_decides_rows_and_noise_and_without_one_they_differ() -> None:
