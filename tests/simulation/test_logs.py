@@ -132,9 +132,12 @@ def test_messages_that_train_nobody_are_no_round() -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::Warning")
 def test_flowers_own_simulation_is_logged_too() -> None:
-    seen = Seen()
-    simulate(*numpy_app(), num_clients=4, backend="flower", run_config={"lr": 0.5}, callbacks=[seen])
-    assert [(record.round, record.replies) for record in seen.records] == [(1, 4), (2, 4), (3, 4)]
+    task, seen = task_of(), Seen()
+    app = fedavg(task, 2, share=1.0)
+    simulate(app, task.client_app(load), num_clients=CLIENTS, backend="flower", seed=0, callbacks=[seen])
+    told = [(record.round, record.replies, record.errors) for record in seen.records]
+    assert told == [(1, CLIENTS - 1, 1), (2, CLIENTS - 1, 1)]
+    assert (seen.begun, seen.ended) == ([0], 1)
 
 
 def test_callbacks_are_told_that_a_failed_run_is_over() -> None:
