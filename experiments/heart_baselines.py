@@ -23,7 +23,8 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from scipy.stats import norm
 
-from fedinfer.cli.evaluation import ALL, Evaluation, half_width, splits
+from fedinfer.cli.evaluation import ALL, Evaluation, half_width
+from fedinfer.cli.methods import Method, splits
 from fedinfer.data import Table, heart_schema, read_table
 from fedinfer.inference import unsafe_auc
 from fedinfer.settings import RunConfig
@@ -150,10 +151,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = range(1 if options.quick else 5)
     epsilons = (2.0,) if options.quick else EPSILONS
     recipe = best_recipe(seeds, 1 if options.quick else 5, epsilons)
-    ours = Evaluation(seeds=seeds, epsilons=epsilons, rounds=RunConfig.rounds)
+    methods = [Method(way="alone"), Method(way="together"), *(Method(way="apart", epsilon=e) for e in epsilons)]
+    ours = Evaluation(seeds=seeds, methods=methods, rounds=RunConfig.rounds)
     ours.run(lambda: None)
-    pairs = [("alone", "alone"), ("alone", "federated"), ("pooled", "federated")]
-    pairs += [(f"local ε = {e:g}", f"dp{e:g}") for e in epsilons]
+    pairs = [("alone", "alone"), ("alone", "together"), ("pooled", "together")]
+    pairs += [(f"local ε = {e:g}", f"apart{e:g}") for e in epsilons]
     sites = ours.sites
     print(f"{'AUC':24}" + "".join(f"{site:>22}" for site in sites))
     rows: list[dict[str, Any]] = []
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("training together, no privacy: fedinfer minus a hospital alone, with the 95 % interval of the difference")
     for name, alone in gains:
         compared = [
-            compare("alone", "federated", site, ours.aucs("federated", site), values)
+            compare("alone", "together", site, ours.aucs("together", site), values)
             for site, values in zip(sites, alone, strict=True)
         ]
         print(f"{'alone by ' + name:24}" + "".join(f"{_interval(row):>22}" for row in compared))

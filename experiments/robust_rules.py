@@ -27,7 +27,7 @@ from flwr.clientapp import ClientApp
 
 from clients.app import app as honest_app
 from fedinfer.arrays import Vector, unflatten
-from fedinfer.cli.evaluation import Split, splits, write_rows
+from fedinfer.cli.methods import Split, splits, write_rows
 from fedinfer.combiners import COMBINERS, combiner_named
 from fedinfer.inference import unsafe_auc
 from fedinfer.models import build

@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from fedinfer.cli.evaluation import Evaluation
 from fedinfer.cli.federation import Node, enlist
 from fedinfer.cli.hospitals import Hospital, resume_or_start
 from fedinfer.cli.main import check_rounds
+from fedinfer.cli.methods import NAMES, methods
 from fedinfer.cli.parts import part
 from fedinfer.cli.query import start_server
 from fedinfer.cli.stopping import stop_between_steps, way_on
@@ -34,13 +36,16 @@ from fedinfer.report import write_report
 from fedinfer.report.units import size
 from fedinfer.settings import RunConfig
 
-EPSILONS = (8.0, 4.0, 2.0, 1.0)
+EPSILONS, FAST_EPSILONS = (8.0, 4.0, 2.0, 1.0), (2.0, 1.0)
 SEEDS, FAST_SEEDS = 5, 1
 QUERIES, FAST_QUERIES = 32, 8
 LOCAL_REPEATS = 1000
+# Of sentences on the screen; the tables are no wider.
+WIDTH = 100
 LEDGER_NOTE = (
     "Each run of the demo enrols the patients anew, in ledgers of its own: twenty runs are twenty budgets. That is "
-    "right for a table that everybody can read. A deployment has one ledger for each data holder, for all runs."
+    "right for a table that everybody can read. A deployment has one ledger for each data holder, for all runs. Here "
+    "one machine plays the server and every hospital: its secure sums are real ones, but hide nothing from it."
 )
 
 
@@ -88,9 +93,8 @@ def _walk(
     started: float,
 ) -> dict[str, Any]:
     """The three walks and the evaluation, as the report takes them."""
-    evaluation = Evaluation(
-        seeds=range(seed, seed + (FAST_SEEDS if fast else SEEDS)), epsilons=EPSILONS, rounds=config.rounds
-    )
+    seeds, epsilons = (FAST_SEEDS, FAST_EPSILONS) if fast else (SEEDS, EPSILONS)
+    evaluation = Evaluation(seeds=range(seed, seed + seeds), methods=methods(epsilons), rounds=config.rounds)
     with progress() as display, stop_between_steps() as check:
         headline = _train(config, hospitals, members, display, done, check)
         with start_server(Path(config.out)) as wait_for_url:
@@ -246,21 +250,51 @@ def _show(report: dict[str, Any], page: Path) -> None:
         ]
         title = f"{title}, mean ± std over {evaluation['splits']} splits: an evaluation on public data"
         show_table(title, ["", *evaluation["sites"]], rows)
+    _show_ways(evaluation)
     headline, local, encrypted = report["headline"], report["local_inference"], report["encrypted_query"]
-    screen.print(
-        f"trained   ε = {headline['epsilon']:.4g} at δ = {headline['delta']:g} for each patient of each hospital, "
-        f"{len(headline['rounds'])} rounds in {headline['seconds']:.1f} s; the ledgers of this run hold it"
+    _print_wrapped(
+        f"trained   ε = {headline['epsilon']:.4g} at δ = {headline['delta']:g} for each patient, "
+        f"{len(headline['rounds'])} rounds in {headline['seconds']:.1f} s; the ledgers of this run hold it. Against "
+        f"{headline['adversary']}; {headline['min_honest']} shares of the noise are counted on, "
+        f"{headline['overshoot']:.2f} times their variance was added",
+        indent=10,
     )
     screen.print(f"offline   p50 {local['p50_ms']:.2f} ms, p99 {local['p99_ms']:.2f} ms a patient")
-    screen.print(
+    _print_wrapped(
         f"encrypted p50 {encrypted['p50_ms']:.0f} ms, p99 {encrypted['p99_ms']:.0f} ms a query; "
         f"{encrypted['bytes_up'] / 1e3:.0f} kB up, {encrypted['bytes_down'] / 1e3:.0f} kB down, "
-        f"keys {size(encrypted['key_bytes'])} once; largest error {encrypted['max_error']:.1e}"
+        f"keys {size(encrypted['key_bytes'])} once; largest error {encrypted['max_error']:.1e}",
+        indent=10,
     )
     environment = report["environment"]
     screen.print(f"in all    {environment['seconds_total']:.0f} s, peak memory {environment['peak_memory_mb']:.0f} MB")
     screen.print(f"report    {page}")
 
 
+def _show_ways(evaluation: dict[str, Any]) -> None:
+    """Print what secure sums lose to pooled rows and gain over noise by each hospital, and whose ε is whose."""
+    methods = {method["key"]: method for method in evaluation["methods"]}
+    rows: dict[str, list[str]] = {}
+    for pair in evaluation["paired"]:
+        method, against = methods[pair["method"]], methods[pair["against"]]
+        if against["epsilon"] is not None:
+            row = rows.setdefault(f"ε = {method['epsilon']:g}, to {NAMES[against['way']]}", [])
+            row.append(_points(f"{pair['difference']:+.3f}±{pair['standard_error']:.3f}"))
+    title = "AUC, together minus other ways to the same ε ± the paired standard error"
+    show_table(title, ["", *evaluation["sites"]], [[label, *cells] for label, cells in rows.items()])
+    for promise in evaluation["against"]:
+        _print_wrapped(f"{promise['label']}, ε: against {promise['text']}", indent=4)
+    screen.print()
+
+
+def _print_wrapped(text: str, *, indent: int) -> None:
+    screen.print(textwrap.fill(text, WIDTH, subsequent_indent=" " * indent))
+
+
+def _points(text: str) -> str:
+    """Scores without the zero before the point."""
+    return text.replace("0.", ".").replace("-", "−")
+
+
 def _score(cell: dict[str, Any], name: str) -> str:
-    return f"{cell[f'unsafe_{name}_mean']:.3f}±{cell[f'unsafe_{name}_std']:.3f}".replace("0.", ".")
+    return _points(f"{cell[f'unsafe_{name}_mean']:.3f}±{cell[f'unsafe_{name}_std']:.3f}")

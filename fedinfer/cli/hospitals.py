@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedinfer.cli.console import note
-from fedinfer.cli.evaluation import write_rows
 from fedinfer.cli.federation import Node
+from fedinfer.cli.methods import write_rows
 from fedinfer.cli.parts import part
 from fedinfer.cli.train import check_ledgers, make_ledgers
 from fedinfer.data import Row, heart_rows, stratified_quarters

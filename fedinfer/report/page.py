@@ -65,6 +65,8 @@ def _opening(report: Mapping[str, Any]) -> str:
         sentences.append(f"{who.removeprefix(' and ')} trained one model in {len(headline['rounds'])} rounds.")
         protected = headline["epsilon"] is not None and not headline["epsilon_void"]
         left = "clipped and noised updates" if protected else "updates"
+        if protected and headline.get("min_honest") is not None:
+            left = "masked updates, each with a share of the noise,"
         sentences.append(f"Their patients’ rows stayed where they were; only {left} left.")
     if report.get("local_inference"):
         sentences.append("The finished model answers on one’s own computer, offline.")
@@ -99,7 +101,7 @@ def _figures(report: Mapping[str, Any]) -> Element | None:
         tiles.append(
             (f"ε = {privacy_loss(headline['epsilon'])}", "void: seeded noise" if void else promise, "void" * void)
         )
-        if evaluation and (found := _auc_at(evaluation, headline["epsilon"])) is not None:
+        if evaluation and (found := _auc_at(evaluation, headline)) is not None:
             label = f"AUC over all hospitals at ε = {significant(found[0])}; an evaluation on public data"
             tiles.append((rate(found[1]), label, ""))
     if local:
@@ -121,13 +123,15 @@ def _figures(report: Mapping[str, Any]) -> Element | None:
     )
 
 
-def _auc_at(evaluation: Mapping[str, Any], epsilon: float) -> tuple[float, float] | None:
-    """ε and AUC of the method of the evaluation that was asked for the same ε as the run."""
+def _auc_at(evaluation: Mapping[str, Any], headline: Mapping[str, Any]) -> tuple[float, float] | None:
+    """ε and AUC of the method of the evaluation that was asked for the same ε as the run, and trains as it did."""
     cells = cells_by_place(evaluation)
+    way = "apart" if headline.get("min_honest") is None else "together"
     for method in evaluation["methods"]:
+        if method["epsilon"] is None or method["way"] != way or (method["key"], ALL) not in cells:
+            continue
         # A plan stops just below the ε that it was asked for.
-        same = method["epsilon"] is not None and math.isclose(method["epsilon"], epsilon, rel_tol=0.02)
-        if same and (method["key"], ALL) in cells:
+        if math.isclose(method["epsilon"], headline["epsilon"], rel_tol=0.02):
             return method["epsilon"], cells[method["key"], ALL]["unsafe_auc_mean"]
     return None
 
@@ -201,7 +205,7 @@ def _again_section(report: Mapping[str, Any]) -> Element | None:
         if "seconds_total" in environment:
             pairs.append(("Whole run", seconds(environment["seconds_total"])))
         if "peak_memory_mb" in environment:
-            pairs.append(("Most memory", size(environment["peak_memory_mb"] * 2**20)))
+            pairs.append(("Most memory of a process", size(environment["peak_memory_mb"] * 2**20)))
         parts.append(facts(pairs))
     return section("again", "Running it again", *parts)
 

@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from fedinfer.report.markup import Node, el
-from fedinfer.report.svg import Panel, drawing, label, line, marker, polygon, polyline, scale
+from fedinfer.report.svg import Panel, drawing, label, line, marker, polyline, scale
 from fedinfer.report.units import rate, significant
 
 ALL = "All"
@@ -17,25 +17,29 @@ CHANCE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """How one kind of method looks: a class of the style sheet and a shape."""
+    """How one kind of method looks: classes of the style sheet and a shape, filled where there is an ε."""
 
     css: str
     shape: str
     legend: str
 
 
-PRIVATE = Series(css="private", shape="circle", legend="federated, with differential privacy")
-OPEN = Series(css="open", shape="square", legend="federated, no privacy")
-POOLED = Series(css="pooled", shape="diamond", legend="pooled, no privacy")
-ALONE = Series(css="alone", shape="triangle", legend="alone, no privacy")
-BASELINE = Series(css="baseline", shape="ring", legend="reference")
+PRIVATE = {
+    "together": Series(css="together", shape="circle", legend="together, by secure sums"),
+    "apart": Series(css="apart", shape="wedge", legend="together, noise by each hospital"),
+    "pooled": Series(css="pooled", shape="diamond", legend="pooled: one party has all rows"),
+}
+OPEN = {
+    "alone": Series(css="alone open", shape="triangle", legend="alone, no privacy"),
+    "together": Series(css="together open", shape="circle", legend="together, no privacy"),
+    "pooled": Series(css="pooled open", shape="diamond", legend="pooled, no privacy"),
+}
+BASELINE = Series(css="baseline", shape="cross", legend="reference")
 
 
 def series_of(method: Mapping[str, Any]) -> Series:
-    """The look of a method: private ones by their ε, the others by their key."""
-    if method["epsilon"] is not None:
-        return PRIVATE
-    return {"alone": ALONE, "pooled": POOLED}.get(method["key"], OPEN)
+    """The look of a method, by its way to train and whether it has an ε."""
+    return (OPEN if method["epsilon"] is None else PRIVATE)[method["way"]]
 
 
 def cells_by_place(evaluation: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -44,26 +48,35 @@ def cells_by_place(evaluation: Mapping[str, Any]) -> dict[tuple[str, str], Mappi
 
 
 def epsilon_plot(evaluation: Mapping[str, Any], width: int) -> Element:
-    """AUC over all sites against ε, with the methods without privacy in a column of their own at the right."""
+    """AUC over all sites against ε, a line for each way, and what there is without privacy in a column at the right.
+
+    The means stand in rows below the axis, where no mark is in their way.
+    """
     cells = cells_by_place(evaluation)
     methods = [method for method in evaluation["methods"] if (method["key"], ALL) in cells]
     baselines = evaluation.get("baselines") or []
     shown = [cells[method["key"], ALL] for method in methods]
     values = [cell[f"unsafe_auc_{end}"] for cell in shown for end in ("low", "high", "mean")]
     y_range, ticks = scale([*values, *(point["unsafe_auc"] for point in baselines)])
-    private = sorted((m for m in methods if m["epsilon"] is not None), key=lambda m: float(m["epsilon"]))
     free = [method for method in methods if method["epsilon"] is None]
-    epsilons = sorted({float(m["epsilon"]) for m in private} | {float(point["epsilon"]) for point in baselines})
+    ways = {
+        way: sorted((m for m in methods if m["epsilon"] is not None and m["way"] == way), key=_epsilon)
+        for way in PRIVATE
+        if any(m["epsilon"] is not None and m["way"] == way for m in methods)
+    }
+    epsilons = sorted({_epsilon(m) for line in ways.values() for m in line} | {float(p["epsilon"]) for p in baselines})
     logs = [math.log2(epsilon) for epsilon in epsilons] or [0.0]
     wide = width >= WIDE
     column = max((40 if wide else 24) * len(free), 72)
-    height = 340 if wide else 320
+    row, rows = 18, len(ways) + bool(baselines)
+    below = 28 + row * rows + 28
+    height = (300 if wide else 270) + below
     panel = Panel(
         left=38,
         top=28,
         width=width - 38 - column - 16,
-        height=height - 28 - 46,
-        x_range=(min(logs) - 0.75, max(logs) + 0.4),
+        height=height - 28 - below,
+        x_range=(min(logs) - 0.6, max(logs) + 0.6),
         y_range=y_range,
     )
     start = panel.right + 14
@@ -72,6 +85,7 @@ def epsilon_plot(evaluation: Mapping[str, Any], width: int) -> Element:
         y = panel.y(tick)
         marks += [line((panel.left, y), (panel.right, y), "grid"), line((start, y), (width, y), "grid")]
         marks.append(label((panel.left - 8, y + 4), f"{tick:.2f}", "tick", anchor="end"))
+    marks.append(label((panel.left - 8, panel.bottom + 18), "ε", "tick", anchor="end"))
     for epsilon in epsilons:
         x = panel.x(math.log2(epsilon))
         marks.append(label((x, panel.bottom + 18), significant(epsilon), "tick", anchor="middle"))
@@ -81,20 +95,32 @@ def epsilon_plot(evaluation: Mapping[str, Any], width: int) -> Element:
     for index, method in enumerate(free):
         cell, look = cells[method["key"], ALL], series_of(method)
         x, y = start + (width - start) * (index + 0.5) / len(free), panel.y(cell["unsafe_auc_mean"])
-        if look is not POOLED:
+        if method["way"] != "pooled":
             marks.append(line((panel.left, y), (x, y), f"level {look.css}"))
         marks += _upright(panel, x, cell, look)
-    shift = 9 if wide else 6
-    points = [(panel.x(math.log2(p["epsilon"])) - shift, panel.y(p["unsafe_auc"])) for p in baselines]
-    marks.append(polyline(sorted(points), "thin baseline"))
-    marks += [marker(BASELINE.shape, point, BASELINE.css) for point in points]
-    path = []
-    for method in private:
-        cell, x = cells[method["key"], ALL], panel.x(math.log2(method["epsilon"])) + shift
-        path.append((x, panel.y(cell["unsafe_auc_mean"])))
-        marks += _upright(panel, x, cell, PRIVATE)
-        marks.append(label((x - 7, path[-1][1] - 8), rate(cell["unsafe_auc_mean"]), "value", anchor="end"))
-    marks.append(polyline(path, "thick private"))
+    apart = 13 if wide else 9
+    for index, (way, line_methods) in enumerate(ways.items()):
+        look, shift = PRIVATE[way], apart * (index - (rows - 1) / 2)
+        y = panel.bottom + 28 + row * (index + 1) - 8
+        marks.append(marker(look.shape, (panel.left - 14, y - 4), look.css))
+        path = []
+        upright: list[Node] = []
+        for method in line_methods:
+            cell, x = cells[method["key"], ALL], panel.x(math.log2(method["epsilon"]))
+            path.append((x + shift, panel.y(cell["unsafe_auc_mean"])))
+            upright += _upright(panel, x + shift, cell, look)
+            marks.append(label((x, y), rate(cell["unsafe_auc_mean"]), "value", anchor="middle"))
+        marks += [polyline(path, f"thick {look.css}"), *upright]
+    if baselines:
+        y, shift = panel.bottom + 28 + row * rows - 8, apart * (rows - 1) / 2
+        marks.append(marker(BASELINE.shape, (panel.left - 14, y - 4), BASELINE.css))
+        points = []
+        for point in baselines:
+            x = panel.x(math.log2(point["epsilon"]))
+            points.append((x + shift, panel.y(point["unsafe_auc"])))
+            marks.append(label((x, y), rate(point["unsafe_auc"]), "value", anchor="middle"))
+        marks.append(polyline(sorted(points), f"thin {BASELINE.css}"))
+        marks += [marker(BASELINE.shape, point, BASELINE.css) for point in points]
     return drawing(width, height, _css(width), "AUC over all hospitals against ε, with intervals", marks)
 
 
@@ -105,7 +131,7 @@ def site_plot(evaluation: Mapping[str, Any], width: int) -> Element:
     ends = [cell[f"unsafe_auc_{end}"] for cell in cells.values() for end in ("low", "high", "mean")]
     tenths = range(math.floor(min(*ends, CHANCE) * 10 + 1e-9), 11)
     wide = width >= WIDE
-    columns, names, gap, row, below = (3, 146, 28, 22, 62) if wide else (1, 146, 0, 20, 58)
+    columns, names, gap, row, below = (2, 190, 28, 19, 62) if wide else (1, 186, 0, 18, 58)
     tall = row * len(methods)
     across = (width - names - gap * (columns - 1) - 8) / columns
     marks: list[Node] = [label((0, 16), "AUC", "axis")]
@@ -139,33 +165,30 @@ def site_plot(evaluation: Mapping[str, Any], width: int) -> Element:
 
 
 def curve_plot(evaluation: Mapping[str, Any], width: int) -> Element:
-    """One panel for each method: mean AUC by round, a band of one standard deviation, and the noise-free curve."""
+    """One panel for each ε: mean AUC by round of each way to it, and the curve without privacy."""
+    looks = {method["key"]: method for method in evaluation["methods"]}
     curves = [_trained(curve) for curve in evaluation["curves"]]
+    private = [curve for curve in curves if looks[curve["method"]]["epsilon"] is not None]
+    plain = next((c for c in curves if looks[c["method"]]["epsilon"] is None and c not in private), None)
+    epsilons = list(dict.fromkeys(_epsilon(looks[curve["method"]]) for curve in private))
     wide = width >= WIDE
-    columns, across, tall, left = (3, 204, 120, 38) if wide else (2, 142, 104, 38)
-    ends = [
-        mean + sign * std
-        for curve in curves
-        for mean, std in zip(curve["unsafe_auc_mean"], curve["unsafe_auc_std"], strict=True)
-        for sign in (-1, 1)
-    ]
-    y_range, ticks = scale([min(1.0, max(0.0, end)) for end in ends], most=5)
+    columns, across, tall, left = (2, 312, 170, 38) if wide else (1, width - 46, 150, 38)
+    drawn = [*private, *([plain] if plain else [])] or curves
+    y_range, ticks = scale([mean for curve in drawn for mean in curve["unsafe_auc_mean"]], most=5)
     rounds = [value for curve in curves for value in curve["rounds"]]
     first, last = min(rounds), max(max(rounds), min(rounds) + 1)
-    looks = {method["key"]: series_of(method) for method in evaluation["methods"]}
-    plain = next((curve for curve in curves if looks[curve["method"]] is OPEN), None)
-    gap = (width - left - 8 - columns * across) / (columns - 1)
+    gap = width - left - 8 - columns * across
     marks: list[Node] = []
-    for index, curve in enumerate(curves):
+    for index, epsilon in enumerate(epsilons):
         panel = Panel(
-            left=left + (index % columns) * (across + gap),
-            top=28 + (index // columns) * (tall + 62),
+            left=left + index % columns * (across + gap),
+            top=28 + index // columns * (tall + 62),
             width=across,
             height=tall,
             x_range=(first, last),
             y_range=y_range,
         )
-        marks.append(label((panel.left, panel.top - 12), curve["label"], "panel"))
+        marks.append(label((panel.left, panel.top - 12), f"ε = {significant(epsilon)}", "panel"))
         for tick in ticks:
             y = panel.y(tick)
             marks.append(line((panel.left, y), (panel.right, y), "grid"))
@@ -174,16 +197,16 @@ def curve_plot(evaluation: Mapping[str, Any], width: int) -> Element:
         for value, anchor in ((first, "start"), (last, "end")):
             text = f"round {value}" if value == first else str(value)
             marks.append(label((panel.x(value), panel.bottom + 16), text, "tick", anchor=anchor))
-        css = looks[curve["method"]].css
-        upper = [min(m + s, 1.0) for m, s in zip(curve["unsafe_auc_mean"], curve["unsafe_auc_std"], strict=True)]
-        lower = [max(m - s, 0.0) for m, s in zip(curve["unsafe_auc_mean"], curve["unsafe_auc_std"], strict=True)]
-        band = _path(panel, curve["rounds"], upper) + _path(panel, curve["rounds"], lower)[::-1]
-        marks.append(polygon(band, f"band {css}"))
-        if plain is not None and plain is not curve:
-            marks.append(polyline(_path(panel, plain["rounds"], plain["unsafe_auc_mean"]), "dashed open"))
-        marks.append(polyline(_path(panel, curve["rounds"], curve["unsafe_auc_mean"]), f"thick {css}"))
-    height = math.ceil(len(curves) / columns) * (tall + 62) - 12
-    return drawing(width, height, _css(width), "AUC over all hospitals by round, one panel for each method", marks)
+        if plain is not None:
+            css = f"dashed {series_of(looks[plain['method']]).css}"
+            marks.append(polyline(_path(panel, plain["rounds"], plain["unsafe_auc_mean"]), css))
+        # The first of the table comes last, on top.
+        for curve in reversed([c for c in private if looks[c["method"]]["epsilon"] == epsilon]):
+            look = series_of(looks[curve["method"]])
+            path = _path(panel, curve["rounds"], curve["unsafe_auc_mean"])
+            marks += [polyline(path, f"thick {look.css}"), marker(look.shape, path[-1], look.css)]
+    height = math.ceil(len(epsilons) / columns) * (tall + 62) - 12
+    return drawing(width, height, _css(width), "AUC over all hospitals by round, one panel for each ε", marks)
 
 
 def swatch(series: Series) -> Element:
@@ -192,11 +215,14 @@ def swatch(series: Series) -> Element:
     return el("svg", attributes, marker(series.shape, (8, 8), series.css))
 
 
+def _epsilon(method: Mapping[str, Any]) -> float:
+    return float(method["epsilon"])
+
+
 def _trained(curve: Mapping[str, Any]) -> Mapping[str, Any]:
     """The curve without round 0: chance would stretch the axis until nothing else can be told apart."""
     kept = [index for index, value in enumerate(curve["rounds"]) if value > 0] or range(len(curve["rounds"]))
-    series = ("rounds", "unsafe_auc_mean", "unsafe_auc_std")
-    return {**curve, **{name: [curve[name][index] for index in kept] for name in series}}
+    return {**curve, **{name: [curve[name][index] for index in kept] for name in ("rounds", "unsafe_auc_mean")}}
 
 
 def _upright(panel: Panel, x: float, cell: Mapping[str, Any], look: Series) -> list[Node]:

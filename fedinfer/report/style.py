@@ -4,11 +4,11 @@ STYLE = """
 :root { color-scheme: light dark;
   --paper: #fdfdfc; --ink: #1a1f24; --quiet: #56616b; --rule: #d8dde2; --grid: #e4e8eb; --panel: #f2f4f5;
   --link: #005a9c; --alarm: #a3200d; --alarm-paper: #fdeeea;
-  --private: #0067b0; --open: #b34700; --pooled: #00755a; --alone: #5a646e; --baseline: #8d3f84; }
+  --together: #0067b0; --apart: #b34700; --pooled: #00755a; --alone: #5a646e; --baseline: #8d3f84; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14181b; --ink: #e5e8ea; --quiet: #a0abb4; --rule: #353d44; --grid: #2a3137; --panel: #1d2327;
   --link: #78bff5; --alarm: #ff9b86; --alarm-paper: #3a1d17;
-  --private: #5cb3f2; --open: #f2955c; --pooled: #41c79d; --alone: #b2bbc3; --baseline: #d99bd1; } }
+  --together: #5cb3f2; --apart: #f2955c; --pooled: #41c79d; --alone: #b2bbc3; --baseline: #d99bd1; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -56,6 +56,7 @@ th, td { padding: .45rem .4rem; text-align: end; white-space: nowrap; border-bot
   vertical-align: top; font-weight: 400; }
 thead th { font-weight: 600; border-bottom-color: var(--rule); vertical-align: bottom; }
 th:first-child { text-align: start; padding-inline-start: 0; position: sticky; left: 0; background: var(--paper); }
+tbody th:first-child { white-space: normal; min-width: 7rem; }
 td:last-child, th:last-child { padding-inline-end: 0; }
 .under { display: block; font-size: .75rem; }
 .bad { color: var(--alarm); font-weight: 600; }
@@ -76,13 +77,14 @@ figcaption { margin-top: .75rem; max-width: 40rem; }
   .figures { grid-template-columns: 1fr 1fr; }
   .figures div:first-child:nth-last-child(odd) { grid-column: span 2; }
   .facts div { grid-template-columns: 2fr 3fr; } }
-svg .private { --series: var(--private); }
-svg .open { --series: var(--open); }
+svg .together { --series: var(--together); }
+svg .apart { --series: var(--apart); }
 svg .pooled { --series: var(--pooled); }
 svg .alone { --series: var(--alone); }
 svg .baseline { --series: var(--baseline); }
 svg circle, svg polygon { fill: var(--series); stroke: none; }
-svg .ring { fill: var(--paper); stroke: var(--series); stroke-width: 1.5; }
+svg circle.open, svg polygon.open { fill: var(--paper); stroke: var(--series); stroke-width: 1.5; }
+svg polygon.baseline { stroke: var(--series); stroke-width: 1.5; }
 svg line, svg polyline { fill: none; stroke: var(--series); stroke-width: 1; }
 svg .grid { stroke: var(--grid); }
 svg .chance { stroke: var(--quiet); stroke-dasharray: 2 3; }
@@ -91,7 +93,6 @@ svg .level.alone { stroke-dasharray: 1.5 3; }
 svg .interval { stroke-width: 2; }
 svg .thick { stroke-width: 2; stroke-linejoin: round; }
 svg .dashed { stroke-dasharray: 4 3; stroke-width: 1.5; }
-svg .band { opacity: .2; }
 svg .bar { stroke-width: 12; opacity: .25; }
 svg text { fill: var(--quiet); font-variant-numeric: tabular-nums; }
 svg .value { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }

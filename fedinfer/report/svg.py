@@ -83,14 +83,15 @@ def label(at: Point, text: str, css: str, *, anchor: str = "start") -> Element:
 
 
 def marker(shape: str, at: Point, css: str) -> Element:
-    """A `circle`, `ring`, `square`, `diamond` or `triangle`: shapes tell the series apart where colours do not."""
+    """A `circle`, `diamond`, `triangle`, `wedge` or `cross`: shapes tell the series apart where colours do not."""
     x, y = at
-    if shape in ("circle", "ring"):
-        return el("circle", {"cx": number(x), "cy": number(y), "r": "4.5", "class": f"{css} {shape}"})
+    if shape == "circle":
+        return el("circle", {"cx": number(x), "cy": number(y), "r": "4.5", "class": css})
     offsets: Mapping[str, Sequence[Point]] = {
-        "square": [(-4.2, -4.2), (4.2, -4.2), (4.2, 4.2), (-4.2, 4.2)],
         "diamond": [(0, -6), (6, 0), (0, 6), (-6, 0)],
         "triangle": [(0, -5.6), (5.4, 4.2), (-5.4, 4.2)],
+        "wedge": [(0, 5.6), (5.4, -4.2), (-5.4, -4.2)],
+        "cross": [(-4, -4), (0, 0), (4, -4), (0, 0), (4, 4), (0, 0), (-4, 4), (0, 0)],
     }
     return polygon([(x + dx, y + dy) for dx, dy in offsets[shape]], css)
 

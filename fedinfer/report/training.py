@@ -69,10 +69,22 @@ def _promise(headline: Mapping[str, Any]) -> list[tuple[str, Node]]:
         ("δ", significant(headline["delta"])),
         ("Protects", f"one {headline['unit']}: {headline['relation']}"),
         ("Against", str(headline["adversary"])),
+        ("Noise", _shares(headline)),
         ("Sampling rate", significant(headline["sampling_rate"])),
         ("Noise multiplier", significant(headline["noise_multiplier"], 4)),
         ("Clip norm", significant(headline["clip_norm"])),
     ]
+
+
+def _shares(headline: Mapping[str, Any]) -> str | None:
+    """How the noise of a secure sum is shared, and how much more there was than is counted on."""
+    if headline.get("min_honest") is None:
+        return None
+    return (
+        f"a share from each site, summed with the updates by secure sums of {headline['bits']} bits a coordinate; the "
+        f"shares of {headline['min_honest']} honest sites are counted on, and a round had at most "
+        f"{significant(headline['overshoot'])} times their variance"
+    )
 
 
 def _pace(rounds: Sequence[Mapping[str, Any]], total_s: float) -> list[tuple[str, Node]]:

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from fedinfer.models import load
 from fedinfer.privacy import PrivacyLedger
 from tests.cli.conftest import Run, checkpoint_of, interrupt
@@ -23,15 +25,16 @@ def test_the_demo_shows_all_three_walks(tmp_path: Path, run: Run) -> None:
     for ledger in report["ledgers"]:
         with PrivacyLedger.open(Path(ledger["path"])) as book:
             assert book.summary().spent_epsilon == headline["epsilon"]
-    assert {cell["method"] for cell in report["evaluation"]["cells"]} == {
-        "alone",
-        "federated",
-        "dp8",
-        "dp4",
-        "dp2",
-        "dp1",
-        "pooled",
-    }
+    table = report["evaluation"]
+    private = {f"{way}{epsilon}" for way in ("together", "apart", "pooled") for epsilon in (2, 1)}
+    assert {cell["method"] for cell in table["cells"]} == {"alone", "together", "pooled"} | private
+    # Four splits, two ε: every sum had all four hospitals in it, where three are counted on.
+    sums = table["secure_sums"]
+    assert (sums["count"], sums["members"], sums["min_honest"], sums["colluders"]) == (4 * 2 * 8, 4, 3, 1)
+    assert sums["overshoot"] == headline["overshoot"] == pytest.approx(4 / 3)
+    assert "with 1 of the 4 hospitals: the noise of 3 is counted on" in result.out.replace("\n    ", " ")
+    assert "1.33 times that variance" in result.out.replace("\n    ", " ")
+    assert max(map(len, result.out.splitlines()[:-1])) <= 100
     assert report["encrypted_query"]["max_error"] < 1e-3
     assert report["encrypted_query"]["labels_equal"]
     assert report["local_inference"]["p50_ms"] > 0

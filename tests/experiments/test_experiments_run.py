@@ -28,9 +28,9 @@ def test_heart_baselines_pair_split_by_split(tmp_path: Path, capsys: pytest.Capt
     assert all(math.isfinite(row["difference"]) and row["standard_error"] > 0 for row in rows)
     assert all(row["low"] < row["difference"] < row["high"] for row in rows)
     # The gain of training together is said against either way to train alone.
-    assert len([row for row in rows if (row["recipe"], row["fedinfer"]) == ("alone", "federated")]) == 5
+    assert len([row for row in rows if (row["recipe"], row["fedinfer"]) == ("alone", "together")]) == 5
     printed = capsys.readouterr().out
-    assert "fedinfer: dp2" in printed
+    assert "fedinfer: apart2" in printed
     assert "alone by fedinfer" in printed
     assert "alone by the recipe" in printed
 

@@ -24,13 +24,18 @@ from fedinfer.report.units import privacy_loss
 
 SITES = ["Cleveland", "Hungary", "Switzerland", "VA Long Beach"]
 METHODS: list[tuple[str, str, float | None, float]] = [
-    ("alone", "alone, no privacy", None, 0.838),
-    ("federated", "federated, no privacy", None, 0.912),
-    ("dp8", "federated, ε = 8", 8.0, 0.907),
-    ("dp4", "federated, ε = 4", 4.0, 0.901),
-    ("dp2", "federated, ε = 2", 2.0, 0.886),
-    ("dp1", "federated, ε = 1", 1.0, 0.853),
-    ("pooled", "pooled, no privacy", None, 0.913),
+    ("alone", "alone", None, 0.838),
+    ("together", "together", None, 0.912),
+    *(
+        ("together", "together", epsilon, auc)
+        for epsilon, auc in ((8.0, 0.911), (4.0, 0.908), (2.0, 0.902), (1.0, 0.89))
+    ),
+    *(
+        ("apart", "noise by each hospital", e, auc)
+        for e, auc in ((8.0, 0.907), (4.0, 0.901), (2.0, 0.886), (1.0, 0.853))
+    ),
+    *(("pooled", "pooled", epsilon, auc) for epsilon, auc in ((8.0, 0.912), (4.0, 0.909), (2.0, 0.903), (1.0, 0.892))),
+    ("pooled", "pooled", None, 0.913),
 ]
 OFFSET = {"Cleveland": -0.003, "Hungary": 0.004, "Switzerland": -0.207, "VA Long Beach": -0.134, "All": 0.0}
 SPREAD = {"Cleveland": 0.021, "Hungary": 0.024, "Switzerland": 0.132, "VA Long Beach": 0.047, "All": 0.011}
@@ -43,10 +48,16 @@ SECTIONS = {
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 
+def key_of(way: str, epsilon: float | None) -> str:
+    return way if epsilon is None else f"{way}{epsilon:g}"
+
+
 def evaluation() -> dict[str, Any]:
     """Plausible, not measured."""
-    cells, curves, paired = [], [], []
-    for key, label, epsilon, auc in METHODS:
+    methods, cells, curves, paired = [], [], [], []
+    for way, name, epsilon, auc in METHODS:
+        key, label = key_of(way, epsilon), f"{name}, " + ("no privacy" if epsilon is None else f"ε = {epsilon:g}")
+        methods.append({"key": key, "label": label, "way": way, "epsilon": epsilon})
         for site in [*SITES, "All"]:
             if (key, site) == ("alone", "All"):
                 continue
@@ -66,17 +77,9 @@ def evaluation() -> dict[str, Any]:
             )
             if key != "alone":
                 difference = auc - 0.838 - (0.03 if site in SITES[:2] else 0.0)
-                paired.append(
-                    {
-                        "site": site,
-                        "method": key,
-                        "against": "alone",
-                        "difference": difference,
-                        "standard_error": half / 4,
-                        "low": difference - half / 2,
-                        "high": difference + half / 2,
-                    }
-                )
+                paired.append(pair(site, key, "alone", difference, half))
+            if way in ("apart", "pooled") and epsilon is not None:
+                paired.append(pair(site, key_of("together", epsilon), key, 0.0123 / epsilon, half / 8))
         if key != "alone":
             rounds = list(range(0, 41, 2))
             wobble = 0.0 if epsilon is None else 0.02 / epsilon
@@ -93,7 +96,20 @@ def evaluation() -> dict[str, Any]:
         "splits": 20,
         "seeds": 5,
         "sites": [*SITES, "All"],
-        "methods": [{"key": key, "label": label, "epsilon": epsilon} for key, label, epsilon, _ in METHODS],
+        "secure_sums": {
+            "members": 4,
+            "min_honest": 3,
+            "colluders": 1,
+            "bits": 24,
+            "overshoot": 4 / 3,
+            "count": 3200,
+        },
+        "against": [
+            {"way": "together", "label": "together", "text": "the server with 1 of the 4 hospitals"},
+            {"way": "apart", "label": "noise by each hospital", "text": "the server and all other hospitals"},
+            {"way": "pooled", "label": "pooled", "text": "whoever sees what the one party releases"},
+        ],
+        "methods": methods,
         "cells": cells,
         "paired": paired,
         "curves": curves,
@@ -101,6 +117,18 @@ def evaluation() -> dict[str, Any]:
             {"label": f"each hospital adds all its own noise, ε = {epsilon}", "epsilon": epsilon, "unsafe_auc": auc}
             for epsilon, auc in ((8, 0.900), (4, 0.893), (2, 0.877), (1, 0.840))
         ],
+    }
+
+
+def pair(site: str, method: str, against: str, difference: float, half: float) -> dict[str, Any]:
+    return {
+        "site": site,
+        "method": method,
+        "against": against,
+        "difference": difference,
+        "standard_error": half / 4,
+        "low": difference - half / 2,
+        "high": difference + half / 2,
     }
 
 
@@ -129,7 +157,10 @@ def sample() -> dict[str, Any]:
             "delta": 1e-5,
             "unit": "patient",
             "relation": "add or remove one patient",
-            "adversary": "whoever sees every release of a hospital, the server included",
+            "adversary": "the server, which sees every sum, together with 1 of the hospitals",
+            "min_honest": 3,
+            "overshoot": 4 / 3,
+            "bits": 24,
             "sampling_rate": 0.5,
             "noise_multiplier": 9.4173,
             "clip_norm": 1.0,
@@ -235,7 +266,7 @@ def test_both_files_hold_the_report(tmp_path: Path) -> None:
     json_path, html_path = write_report(sample(), tmp_path / "new")
     assert json.loads(json_path.read_text("utf-8")) == sample()
     assert sorted(path.name for path in json_path.parent.iterdir()) == ["report.html", "report.json"]
-    assert html_path.stat().st_size < 120_000
+    assert html_path.stat().st_size < 150_000
 
 
 def test_every_number_of_the_table_appears(tmp_path: Path) -> None:
@@ -257,8 +288,11 @@ HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(1)>
 def hostile(value: Any) -> Any:
     """`value` with every free text replaced; keys that join the sections stay."""
     if isinstance(value, dict):
-        joined = {"key", "method", "site", "sites", "against"}
-        return {name: item if name in joined else hostile(item) for name, item in value.items()}
+        joined = {"key", "method", "site", "sites", "way"}
+        return {
+            name: item if name in joined or (name == "against" and isinstance(item, str)) else hostile(item)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
         return [hostile(item) for item in value]
     return HOSTILE if isinstance(value, str) else value
@@ -272,7 +306,7 @@ def test_text_cannot_become_markup(tmp_path: Path) -> None:
 
 
 def test_hostile_names_of_sites_and_methods_cannot_become_markup(tmp_path: Path) -> None:
-    text = json.dumps(sample(), ensure_ascii=False).replace("Hungary", "<script>").replace('"dp2"', '"<img>"')
+    text = json.dumps(sample(), ensure_ascii=False).replace("Hungary", "<script>").replace('"apart2"', '"<img>"')
     assert not parsed(page(json.loads(text), tmp_path)).names & {"script", "img"}
 
 
@@ -327,13 +361,13 @@ def test_void_epsilon_is_said_at_the_top(tmp_path: Path) -> None:
     report["headline"]["epsilon_void"] = True
     text = page(report, tmp_path)
     assert text.index("ε is void.") < text.index("Training together")
-    assert "clipped and noised" not in text
+    assert "share of the noise, left" not in text
 
 
 def test_no_privacy_is_said_at_the_top(tmp_path: Path) -> None:
     report = sample()
-    plan = ("epsilon", "delta", "adversary", "sampling_rate", "noise_multiplier", "clip_norm")
-    report["headline"] |= dict.fromkeys(plan)
+    plan = ("epsilon", "delta", "adversary", "min_honest", "overshoot", "bits", "sampling_rate", "noise_multiplier")
+    report["headline"] |= dict.fromkeys((*plan, "clip_norm"))
     text = page(report, tmp_path)
     assert text.index("No privacy.") < text.index("Training together")
 
@@ -373,16 +407,55 @@ def test_nothing_is_cut_off_on_a_screen(width: int, whole_tables: bool, tmp_path
 
 def test_references_are_drawn_beside_their_own_splits_only() -> None:
     for seeds, drawn in (([0, 1, 2, 3, 4], True), ([0], False), ([1, 2, 3, 4, 5], False)):
-        evaluation = Evaluation(seeds=seeds, epsilons=[], rounds=1)
-        for method in evaluation.methods:
-            for site in evaluation.sites:
-                evaluation._auc[method.key, site] = evaluation._accuracy[method.key, site] = [0.5] * 4 * len(seeds)
-        assert bool(evaluation.to_json()["baselines"]) == drawn
+        assert bool(Evaluation(seeds=seeds, methods=[], rounds=1).to_json()["baselines"]) == drawn
 
 
 def test_a_bar_reaches_from_chance_to_the_mean(tmp_path: Path) -> None:
     text = page(sample(), tmp_path)
     assert text.count('class="bar ') == 2 * (len(METHODS) * 5 - 1)
+
+
+def test_noise_in_shares_is_said_with_who_is_assumed_to_collude(tmp_path: Path) -> None:
+    text = page(sample(), tmp_path)
+    assert "together with 1 of the hospitals" in text
+    assert "the shares of 3 honest sites are counted on, and a round had at most 1.33 times their variance" in text
+    assert "3,200 secure sums of 4 hospitals, with 24 bits a coordinate" in text
+    for promise in sample()["evaluation"]["against"]:
+        assert promise["text"] in text
+    report = sample()
+    report["headline"] |= {"min_honest": None, "overshoot": None, "bits": None}
+    text = page(report, tmp_path)
+    assert "only clipped and noised updates left" in text
+    assert "honest sites" not in text
+
+
+def test_the_score_beside_the_promise_is_of_the_way_that_was_run(tmp_path: Path) -> None:
+    shown = "<dd>{}</dd>"
+    report = sample()
+    assert shown.format("0.902") in page(report, tmp_path)
+    report["headline"]["min_honest"] = None
+    assert shown.format("0.886") in page(report, tmp_path)
+
+
+def test_ways_to_the_same_epsilon_are_compared_in_one_table(tmp_path: Path) -> None:
+    text = page(sample(), tmp_path)
+    start = text.index("Difference in AUC at the same ε")
+    rows = text[start : text.index("</table>", start)].replace("\xa0", " ")
+    for epsilon in (8, 4, 2, 1):
+        for other in ("noise by each hospital", "pooled"):
+            assert f'together, ε = {epsilon}<span class="under">to {other}, ε = {epsilon}</span>' in rows
+        assert rows.count(f"+{0.0123 / epsilon:.3f} ± ") == 2 * 5
+    assert text.count("Difference in AUC") == 2 * 2
+
+
+def test_curves_have_a_panel_for_each_epsilon_and_a_line_for_each_way(tmp_path: Path) -> None:
+    text = page(sample(), tmp_path)
+    drawn = text[text.index("AUC over all hospitals by round") :]
+    plot = drawn[: drawn.index("</svg>")]
+    assert re.findall(r'class="panel">([^<]+)<', plot) == ["ε = 8", "ε = 4", "ε = 2", "ε = 1"]
+    for way in ("together", "apart", "pooled"):
+        assert plot.count(f'class="thick {way}"') == 4
+    assert plot.count('class="dashed together open"') == 4
 
 
 def test_importing_the_report_is_cheap() -> None:
