@@ -256,7 +256,7 @@ def _show(report: dict[str, Any], page: Path) -> None:
         f"trained   ε = {headline['epsilon']:.4g} at δ = {headline['delta']:g} for each patient, "
         f"{len(headline['rounds'])} rounds in {headline['seconds']:.1f} s; the ledgers of this run hold it. Against "
         f"{headline['adversary']}; {headline['min_honest']} shares of the noise are counted on, "
-        f"{headline['overshoot']:.2f} times their variance was added",
+        f"and a round had at most {headline['overshoot']:.2f} times their variance",
         indent=10,
     )
     screen.print(f"offline   p50 {local['p50_ms']:.2f} ms, p99 {local['p99_ms']:.2f} ms a patient")

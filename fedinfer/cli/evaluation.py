@@ -147,7 +147,7 @@ class Evaluation:
             sums = self._sums
             texts["together"] = (
                 f"the server, which sees every sum, with {sums.colluders} of the {sums.members} hospitals: the noise "
-                f"of {sums.min_honest} is counted on. All added theirs, {sums.overshoot:.2f} times that variance"
+                f"of {sums.min_honest} is counted on, and a sum had at most {sums.overshoot:.2f} times its variance"
             )
         ways = {method.way for method in self.methods if method.epsilon is not None}
         return [
