@@ -9,6 +9,8 @@ from fedinfer.secagg.codec import Members
 from fedinfer.secagg.identities import PkiFile, check_signature
 from fedinfer.secagg.parameters import Parameters, Policy
 from fedinfer.secagg.setup_messages import (
+    Commit,
+    Opening,
     Openings,
     Roster,
     commit_said,
@@ -51,22 +53,38 @@ def check_roster(roster: Roster, *, pki: PkiFile, policy: Policy, run: bytes) ->
         parameters = policy.parameters(clients=len(roster.commits), members=len(pki))
     except BadUsage as error:
         raise ProtocolViolation(str(error)) from None
-    own = policy.digest()
     for commit in roster.commits:
-        if commit.run != run:
-            raise ProtocolViolation(f"commit of member {commit.member}: got another run")
-        if commit.policy != own:
-            raise ProtocolViolation(f"commit of member {commit.member}: got another policy, expected this device's")
-        said = commit_said(
-            pki=pki.digest,
-            run=run,
-            member=commit.member,
-            policy=commit.policy,
-            channel_key=commit.channel_key,
-            commitment=commit.commitment,
-        )
-        check_signature(pki.key(commit.member), said, commit.signature)
+        check_commit(commit, pki=pki, policy=policy, run=run)
     return parameters
+
+
+def check_commit(commit: Commit, *, pki: PkiFile, policy: Policy, run: bytes) -> None:
+    """Raises: ProtocolViolation unless `commit` is signed by a member of the PKI file, for this run and policy."""
+    if commit.run != run:
+        raise ProtocolViolation(f"commit of member {commit.member}: got another run")
+    if commit.policy != policy.digest():
+        raise ProtocolViolation(
+            f"commit of member {commit.member}: got another policy, expected the same corrupt and dropout everywhere"
+        )
+    said = commit_said(
+        pki=pki.digest,
+        run=run,
+        member=commit.member,
+        policy=commit.policy,
+        channel_key=commit.channel_key,
+        commitment=commit.commitment,
+    )
+    check_signature(pki.key(commit.member), said, commit.signature)
+
+
+def check_opening(opening: Opening, *, commit: Commit, roster: Roster, pki: PkiFile, run: bytes) -> None:
+    """Raises: ProtocolViolation unless `opening` is the member's, for this roster, of what it committed to."""
+    if opening.member != commit.member or opening.roster != roster.digest:
+        raise ProtocolViolation(f"opening of member {opening.member}: got one for another roster or member")
+    said = opening_said(roster=roster.digest, member=opening.member, nonce=opening.nonce)
+    check_signature(pki.key(opening.member), said, opening.signature)
+    if commitment_of(run=run, member=opening.member, nonce=opening.nonce) != commit.commitment:
+        raise ProtocolViolation(f"opening of member {opening.member}: got another nonce than it committed to")
 
 
 @lru_cache(maxsize=4)
@@ -85,12 +103,7 @@ def agree(roster: Roster, openings: Openings, *, pki: PkiFile, policy: Policy, r
             "set up again without those who are silent"
         )
     for commit, opening in zip(roster.commits, openings.openings, strict=True):
-        if opening.roster != roster.digest:
-            raise ProtocolViolation(f"opening of member {opening.member}: got one for another roster")
-        said = opening_said(roster=roster.digest, member=opening.member, nonce=opening.nonce)
-        check_signature(pki.key(opening.member), said, opening.signature)
-        if commitment_of(run=run, member=opening.member, nonce=opening.nonce) != commit.commitment:
-            raise ProtocolViolation(f"opening of member {opening.member}: got another nonce than it committed to")
+        check_opening(opening, commit=commit, roster=roster, pki=pki, run=run)
     members = tuple(commit.member for commit in roster.commits)
     identifier = transcript("session", pki.digest, roster.digest, *(opening.nonce for opening in openings.openings))
     graph = parameters.graph(transcript("graph", identifier))

@@ -8,6 +8,7 @@ query.sign    survivors → endorsement
 query.reveal  quorum → reveal
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,6 +24,7 @@ SIGN, REVEAL = "query.sign", "query.reveal"
 SUM, VOID = "sum", "void"
 # More than any message of a round of 2^26 weights.
 MAX_FRAME_BYTES = 1 << 30
+KIND = re.compile("[A-Za-z]{1,64}")
 
 M = TypeVar("M", bound=Message)
 
@@ -91,6 +93,9 @@ def error_to_content(error: BaseException) -> RecordDict:
 
 
 def error_kind(content: RecordDict) -> str | None:
-    """The kind of error in a device's answer, or None if it is not an error."""
+    """The kind of error in a device's answer, or None if it is not an error; it is a name, whatever the device sent."""
     record = content.config_records.get("error")
-    return None if record is None else str(record.get("kind", "InternalError"))
+    if record is None:
+        return None
+    kind = record.get("kind")
+    return kind if isinstance(kind, str) and KIND.fullmatch(kind) else "InternalError"

@@ -18,11 +18,12 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedinfer.errors import ProtocolViolation, RoundFailed, WireError
-from fedinfer.secagg import Coordinator, PkiFile, Policy, SumSpec, Words, agree, check_roster
+from fedinfer.errors import BadUsage, ProtocolViolation, RoundFailed, WireError
+from fedinfer.secagg import Coordinator, PkiFile, Policy, SumSpec, Words, agree
 from fedinfer.secagg.codec import Message as SumFrame
 from fedinfer.secagg.codec import to_bytes
 from fedinfer.secagg.round_messages import Endorsement, Masked, Offer, Reveal
+from fedinfer.secagg.session import check_commit, check_opening
 from fedinfer.secagg.setup_messages import Commit, Opening, Openings, Roster
 from fedinfer.sums.messages import (
     OFFER,
@@ -121,28 +122,37 @@ class SecureSums:
         return session
 
     def _set_up(self) -> _Session:
-        nodes, silent = sorted(self._grid.get_node_ids()), ""
+        nodes, silent, run = sorted(self._grid.get_node_ids()), "", self._run.encode()
         for _ in range(TRIES):
             # --- everybody's commit
             wave = self._wave({node: (OFFER, self._said({})) for node in nodes}, "set-up 1")
             commits: dict[int, Commit] = {}
             node_of: dict[int, int] = {}
+            there: set[int] = set()
             for node, commit in self._read(wave, "commit", Commit):
-                if commit.member in commits:
-                    log.warning("node %d: got the commit of member %d a second time", node, commit.member)
-                    continue
-                commits[commit.member], node_of[commit.member] = commit, node
+                with _refusing(node):
+                    check_commit(commit, pki=self._pki, policy=self._policy, run=run)
+                    there.add(node)
+                    if commit.member in commits:
+                        raise ProtocolViolation(f"commit of member {commit.member}: got it from two nodes")
+                    commits[commit.member], node_of[commit.member] = commit, node
             self._check_enough("commits", len(commits), wave.reasons())
             roster = Roster.of(commits)
-            check_roster(roster, pki=self._pki, policy=self._policy, run=self._run.encode())
+            self._check_numbers(len(commits))
             # --- everybody's randomness
             said = self._said({"roster": to_bytes(roster)})
             wave = self._wave(dict.fromkeys(node_of.values(), (OPEN, said)), "set-up 2")
-            openings = {opening.member: opening for _, opening in self._read(wave, "opening", Opening)}
+            openings: dict[int, Opening] = {}
+            member_of = {node: member for member, node in node_of.items()}
+            for node, opening in self._read(wave, "opening", Opening):
+                with _refusing(node):
+                    check_opening(opening, commit=commits[member_of[node]], roster=roster, pki=self._pki, run=run)
+                    openings[opening.member] = opening
             if set(openings) == set(commits):
                 return self._enter(roster, Openings.of(openings), node_of)
-            silent = wave.reasons()
-            nodes = [node_of[member] for member in sorted(openings) if member in node_of]
+            silent = wave.reasons() or "or send what is no opening"
+            # Two nodes may have said to be one member: whoever did not open for it is left out, and the other is heard.
+            nodes = sorted(there - {node_of[member] for member in commits if member not in openings})
             log.warning("set-up: %d of %d members opened; beginning again with them", len(openings), len(commits))
         raise RoundFailed(f"set-up: got members who keep silent in {TRIES} tries ({silent}), expected all to open")
 
@@ -172,7 +182,7 @@ class SecureSums:
         wave, void = self._wave(messages, task.group), False
         for node, content in wave.contents.items():
             with _refusing(node):
-                void |= self._masked(session, content)
+                void |= self._masked(session, node, content)
         # --- sign
         lists = {nodes[member]: to_bytes(shown) for member, shown in coordinator.survivors().items()}
         asked = {node: (SIGN, self._said({"survivors": frame})) for node, frame in lists.items()}
@@ -196,13 +206,17 @@ class SecureSums:
             waves=self._waves,
         )
 
-    def _masked(self, session: _Session, content: RecordDict) -> bool:
+    def _masked(self, session: _Session, node: int, content: RecordDict) -> bool:
         """Fold in what a member sent, a masked vector or only an offer; whether its noise was void."""
         said = sum_from_content(content)
-        if "masked" in said.frames:
-            session.coordinator.add_masked(said.read("masked", Masked))
-        self._offered(session, said.read("offer", Offer))
-        return "masked" in said.frames and void_in(content)
+        if "masked" not in said.frames:
+            self._offered(session, said.read("offer", Offer))
+            return False
+        session.coordinator.add_masked(said.read("masked", Masked))
+        # The vector is in the sum, whatever the offer is.
+        with _refusing(node):
+            self._offered(session, said.read("offer", Offer))
+        return void_in(content)
 
     def _offered(self, session: _Session, offer: Offer) -> None:
         session.coordinator.add_offer(offer)
@@ -231,6 +245,12 @@ class SecureSums:
         for node, content in wave.contents.items():
             with _refusing(node):
                 yield node, sum_from_content(content).read(name, kind)
+
+    def _check_numbers(self, clients: int) -> None:
+        try:
+            self._policy.parameters(clients=clients, members=len(self._pki))
+        except BadUsage as error:
+            raise RoundFailed(f"set-up: {error}") from None
 
     def _check_enough(self, what: str, got: int, reasons: str) -> None:
         if got < self._min_devices:
