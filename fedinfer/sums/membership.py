@@ -67,7 +67,7 @@ def membership_in(node: Mapping[str, bool | float | int | str]) -> MembershipCon
             "together; `fedinfer pki show` prints the digest"
         )
     policy = Policy(
-        corrupt=float(node.get("corrupt", Policy.corrupt)), dropout=float(node.get("dropout", Policy.dropout))
+        corrupt=_share(node, "corrupt", default=Policy.corrupt), dropout=_share(node, "dropout", default=Policy.dropout)
     )
     return MembershipConfig(
         pki=Path(str(given["pki"])),
@@ -76,6 +76,13 @@ def membership_in(node: Mapping[str, bool | float | int | str]) -> MembershipCon
         sessions=str(node.get("sessions", "")),
         policy=policy,
     )
+
+
+def _share(node: Mapping[str, bool | float | int | str], key: str, *, default: float) -> float:
+    value = node.get(key, default)
+    if type(value) not in (int, float):
+        raise BadUsage(f"node configuration: got {key} of type {type(value).__name__}, expected a number below 1")
+    return float(value)
 
 
 def open_membership(node: Mapping[str, bool | float | int | str]) -> "Membership":
@@ -159,10 +166,13 @@ class Membership:
             session = session_of(held.roster, held.openings, pki=self._pki, policy=self._policy, run=_named(run))
             (state,) = held.participants
             participant = Participant.resume(state, session=session, member=self._member, identity=self._identity)
+            # From here on the state before this step is never put back, whatever keeps the state after it from being.
+            place.kept = False
             try:
                 yield participant
             finally:
                 place.held = replace(held, participants=(participant.suspend(),))
+                place.kept = True
 
     def _newcomer(self, run: str, *, held: HeldNewcomer | None, roster: Roster | None) -> Newcomer:
         return Newcomer(
@@ -176,17 +186,18 @@ class Membership:
         try:
             yield place
         finally:
-            self._put(run, place.held)
+            if place.kept:
+                self._put(run, place.held)
 
     def _put(self, run: str, held: Held) -> None:
         self._sessions.put(run, to_bytes(held))
 
 
 class _Place:
-    """What is held of one run, between taking and putting back."""
+    """What is held of one run, between taking and putting back, and whether it may be put back."""
 
     def __init__(self, run: str, held: Held) -> None:
-        self._run, self.held = run, held
+        self._run, self.held, self.kept = run, held, True
 
     def newcomer(self) -> HeldNewcomer:
         if not self.held.newcomers:

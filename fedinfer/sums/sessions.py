@@ -88,10 +88,14 @@ class FolderSessions:
 
     def put(self, run: str, held: bytes) -> None:
         with self._locked():
+            # What a crash left of a file that was being written, and places that nobody may take any more.
+            for path in self._folder.glob(".*.part"):
+                path.unlink()
             replace_file(self._place(run), _boot_mark() + held, mode=0o600)
             places = sorted(self._folder.glob("*.place"), key=lambda path: path.stat().st_mtime_ns)
-            for path in places[:-MOST_PLACES]:
-                path.unlink()
+            for number, path in enumerate(reversed(places)):
+                if number >= MOST_PLACES or not path.read_bytes().startswith(_boot_mark()):
+                    path.unlink()
 
     def count_set_up(self) -> None:
         with self._locked():
