@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedinfer.errors import ShapeMismatch, WireError
@@ -38,13 +38,15 @@ def floats_in(arrays: Arrays) -> Floats:
 def update_of(before: Arrays, after: Arrays) -> Floats:
     """How far training moved the floats (d,).
 
-    Raises: ShapeMismatch if `after` has other names or shapes; WireError if there are no floats.
+    Raises: ShapeMismatch if `after` has other names or shapes; WireError if there are no floats, or other arrays are.
     """
     for name, array in before.items():
         other = after.get(name)
         if other is None or other.shape != array.shape or len(after) != len(before):
             got = None if other is None else other.shape
             raise ShapeMismatch(got=got, expected=array.shape, what=f"array {name!r} after training")
+        if _moves(other) != _moves(array):
+            raise WireError(f"array {name!r} after training: got {other.dtype}, expected {array.dtype} as before")
     return floats_in({name: after[name] for name in before}) - floats_in(before)
 
 
@@ -64,27 +66,27 @@ def with_floats(arrays: Arrays, floats: NDArray[np.floating[Any]]) -> ArrayRecor
 def content_digest(content: RecordDict) -> bytes:
     """SHA-256 of all that a message says but for its `SUM`: devices that were told other things do not add up.
 
+    Guarantees: it is another for other names, types, values or arrays, and for another order of them.
     Raises: WireError for a value that cannot be written down.
     """
     digest = hashlib.sha256()
-    for name in sorted(content):
-        record = content[name]
+    for name, record in content.items():
         if name == SUM:
             continue
-        if isinstance(record, ArrayRecord):
-            for key, array in record.items():
-                head = json.dumps([name, key, array.dtype, list(array.shape), array.stype, len(array.data)])
-                digest.update(head.encode() + b"\0" + array.data)
-        elif isinstance(record, ConfigRecord | MetricRecord):
-            values = {key: value.hex() if isinstance(value, bytes) else value for key, value in record.items()}
-            text = json.dumps([name, type(record).__name__, values], sort_keys=True, default=_unknown)
-            digest.update(text.encode() + b"\0")
+        arrays = list(record.values()) if isinstance(record, ArrayRecord) else []
+        heads = [(array.dtype, array.shape, array.stype, len(array.data)) for array in arrays]
+        values = heads if isinstance(record, ArrayRecord) else list(record.values())
+        text = json.dumps([name, type(record).__name__, list(record), values], default=_written)
+        digest.update(text.encode() + b"\0")
+        for array in arrays:
+            digest.update(array.data)
     return digest.digest()
 
 
-def _unknown(value: object) -> str:
+def _written(value: object) -> Mapping[str, str]:
+    """Bytes as what no record can hold, so that they are no text of the same digits."""
     if isinstance(value, bytes):
-        return value.hex()
+        return {"bytes": value.hex()}
     raise WireError(f"message: got a {type(value).__name__}, expected numbers, text or bytes")
 
 
