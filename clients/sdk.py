@@ -90,9 +90,12 @@ class DeviceConfig:
         kinds |= {"pki": str, "pki-digest": str, "identity": str, "sessions": str, "corrupt": float, "dropout": float}
         kinds |= {"insecure-seeded-noise": str, "partition-id": int, "num-partitions": int}
         for key, value in node.items():
-            if key not in kinds or type(value) is not kinds[key]:
+            if key not in kinds:
+                raise BadUsage(f"node configuration: got {key}, expected {', '.join(sorted(kinds))}")
+            # A whole number may stand for a share.
+            if type(value) is not kinds[key] and (kinds[key], type(value)) != (float, int):
                 raise BadUsage(
-                    f"node configuration: got {key} of type {type(value).__name__}, expected {sorted(kinds)}"
+                    f"node configuration: got {key} of type {type(value).__name__}, expected {kinds[key].__name__}"
                 )
         data, ledger = str(node.get("data", "")), str(node.get("ledger", ""))
         pins = {key: str(node[key]) for key in ("ledger-head", "ledger-public-key") if key in node}

@@ -25,7 +25,7 @@ from fedinfer.sums.charges import check_charge
 from fedinfer.sums.membership import open_membership
 from fedinfer.sums.messages import SUM, SumMessage, sum_from_content, sum_to_content
 from fedinfer.sums.steps import add_steps, answer
-from fedinfer.sums.updates import Floats, arrays_of, content_digest, update_of
+from fedinfer.sums.updates import Floats, arrays_of, content_digest, floats_in, update_of
 
 PLAN, ARRAYS = "fedinfer-plan", "arrays"
 
@@ -76,11 +76,12 @@ def _masked(app: ClientApp, message: Message, content: RecordDict, context: Cont
     with open_membership(context.node_config).participant(said.run) as participant, _ledger(context) as ledger:
         check_charge(plan, participant.session.parameters)
         participant.check(inbox, spec=spec, model=model)
+        size = len(floats_in(arrays_of(content.array_records[ARRAYS])))
+        if size != plan.dimension:
+            raise WireError(f"plan: got one for {plan.dimension} weights, expected {size}")
         stream = os_noise()
         reservation = ledger.reserve(run=said.run, round=round, plan=plan, void=stream.void)
         update = _update(app, message, content, context)
-        if update.shape != (plan.dimension,):
-            raise WireError(f"plan: got one for {plan.dimension} weights, expected {len(update)}")
         with np.errstate(over="ignore"):
             clipped = clip_update(update.astype(np.float32), clip_norm=plan.clip_norm)
         vector: Words = plan.encode(clipped, stream, rotation=f"round {round}")
