@@ -68,8 +68,7 @@ def _epsilon_figure(evaluation: Mapping[str, Any]) -> Element:
     if baselines := evaluation.get("baselines"):
         name = str(baselines[0]["label"]).partition(", ε")[0]
         legend.append((plots.BASELINE, f"reference: {name}"))
-        points = ", ".join(f"{rate(point['unsafe_auc'])} at ε = {point['epsilon']:g}" for point in baselines)
-        caption += f" Crosses are a reference ({name}): {points}."
+        caption += f" Crosses are a reference: {name}."
     return _figure("AUC against ε", legend, plots.epsilon_plot, evaluation, caption)
 
 

@@ -174,7 +174,7 @@ def curve_plot(evaluation: Mapping[str, Any], width: int) -> Element:
     wide = width >= WIDE
     columns, across, tall, left = (2, 312, 170, 38) if wide else (1, width - 46, 150, 38)
     drawn = [*private, *([plain] if plain else [])] or curves
-    y_range, ticks = scale([mean for curve in drawn for mean in curve["unsafe_auc_mean"]], most=5)
+    y_range, ticks = scale([mean for curve in drawn for mean in curve["unsafe_auc_mean"]])
     rounds = [value for curve in curves for value in curve["rounds"]]
     first, last = min(rounds), max(max(rounds), min(rounds) + 1)
     gap = width - left - 8 - columns * across

@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element
 from fedinfer.report.markup import Node, el
 
 Point = tuple[float, float]
-STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+STEPS, MOST_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ def drawing(width: float, height: float, css: str, label: str, marks: Sequence[N
     return el("svg", attributes, *marks)
 
 
-def scale(values: Sequence[float], *, most: int = 6) -> tuple[Point, list[float]]:
-    """A range around `values` that ends on round numbers, and at most `most` + 1 ticks.
+def scale(values: Sequence[float]) -> tuple[Point, list[float]]:
+    """A range around `values` that ends on round numbers, and at most `MOST_STEPS` + 1 ticks.
 
     >>> scale([0.834, 0.921])
     ((0.82, 0.94), [0.82, 0.84, 0.86, 0.88, 0.9, 0.92, 0.94])
@@ -58,7 +58,7 @@ def scale(values: Sequence[float], *, most: int = 6) -> tuple[Point, list[float]
     low, high = min(values), max(values)
     for step in STEPS:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        if last - first <= most:
+        if last - first <= MOST_STEPS:
             break
     last = max(last, first + 1)
     ticks = [round(index * step, 4) for index in range(first, last + 1)]
