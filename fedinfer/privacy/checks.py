@@ -1,13 +1,14 @@
 """Checks of public privacy parameters."""
 
-import math
+import sys
 
 from fedinfer.errors import BadUsage
 
 
 def check_positive(name: str, value: float) -> None:
     """Raises: BadUsage unless `value` is finite and above zero."""
-    if not (math.isfinite(value) and value > 0.0):
+    # A whole number may be larger than any float.
+    if not 0.0 < value <= sys.float_info.max:
         raise BadUsage(f"{name}: got {value}, expected a finite number above 0")
 
 

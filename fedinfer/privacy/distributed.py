@@ -213,7 +213,7 @@ class DistributedPlan:
         said = {name: rest.pop(name, None) for name in ("mechanism", "relation")}
         try:
             plan = cls(**{**rest, "sampler": sampler_from_json(rest.get("sampler", {}))})
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise BadUsage(f"privacy plan: {error}") from None
         if said != {"mechanism": plan.mechanism, "relation": plan.relation}:
             raise BadUsage(f"privacy plan: got {said}, expected {plan.mechanism!r} and {plan.relation!r}")

@@ -289,10 +289,13 @@ class Participant:
                 mask_key=delivery.mask_key,
                 seed_digest=delivery.seed_digest,
             )
-            text = unseal(back.box_key(delivery.sender), round=inbox.round, header=header, box=delivery.box)
-            key, seed = text[:SHARE_BYTES], text[SHARE_BYTES:]
-            for share in (key, seed):
-                check_share(share)
+            try:
+                text = unseal(back.box_key(delivery.sender), round=inbox.round, header=header, box=delivery.box)
+                key, seed = text[:SHARE_BYTES], text[SHARE_BYTES:]
+                for share in (key, seed):
+                    check_share(share)
+            except ProtocolViolation as error:
+                raise ProtocolViolation(f"offer of member {delivery.sender}: {error}") from None
             keys[delivery.sender], seeds[delivery.sender] = key, seed
         return _Round(number=inbox.round, context=context, active=inbox.active, seeds=seeds, keys=keys)
 

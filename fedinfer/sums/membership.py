@@ -117,8 +117,8 @@ class Membership:
 
     def offer(self, run: str) -> Commit:
         """Begin a session in `run`; one that was there before is over."""
-        self._sessions.count_set_up()
         newcomer = self._newcomer(run, held=None, roster=None)
+        self._sessions.count_set_up()
         commit = newcomer.commit()
         self._put(run, Held(roster=b"", openings=b"", newcomers=(newcomer.suspend(),)))
         return commit
@@ -182,6 +182,7 @@ class Membership:
     @contextmanager
     def _place(self, run: str) -> Iterator["_Place"]:
         """The place of `run`, taken and put back; a step that is refused changes nothing."""
+        _named(run)
         place = _Place(run, from_bytes(Held, self._sessions.take(run), max_bytes=MAX_HELD_BYTES))
         try:
             yield place

@@ -43,7 +43,7 @@ class SumMessage:
         Raises: WireError if it is not there.
         """
         if name not in self.frames:
-            raise WireError(f"sum message: got no {name!r}, expected one beside {sorted(self.frames)}")
+            raise WireError(f"sum message: got no {name!r}, expected one among the {len(self.frames)} frames")
         return self.frames[name]
 
     def read(self, name: str, kind: type[M]) -> M:

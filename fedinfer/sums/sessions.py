@@ -49,9 +49,10 @@ class MemorySessions:
         self._set_ups = 0
 
     def take(self, run: str) -> bytes:
-        if run not in self._places:
+        held = self._places.pop(run, None)
+        if held is None:
             raise _no_place(run)
-        return self._places.pop(run)
+        return held
 
     def put(self, run: str, held: bytes) -> None:
         self._places[run] = held

@@ -25,6 +25,7 @@ from fedinfer.sums.messages import (
     REVEAL,
     SHARE,
     SIGN,
+    SUM,
     SumMessage,
     error_kind,
     sum_from_content,
@@ -114,6 +115,20 @@ def test_a_device_with_another_policy_is_left_out(tmp_path: Path) -> None:
     found = trained(LossyGrid(nodes, lose=nothing_lost), replace(config, min_devices=5))
     assert found[-1].history[0].devices == 5
     assert charged(nodes[2]) == (0, 0)
+
+
+def _sends_no_offer(contents: dict[int, RecordDict]) -> None:
+    record = contents[0].config_records[SUM]
+    record["offer"] = b"none"
+
+
+def test_seeded_noise_is_noted_though_what_is_beside_it_is_bad(tmp_path: Path) -> None:
+    config, nodes = hospitals(tmp_path, CONFIG)
+    for node in nodes[1:]:
+        del node["insecure-seeded-noise"]
+    grid = TamperingGrid(nodes, at=MASKED, tamper=_sends_no_offer)
+    (record,) = trained(grid, replace(config, min_devices=5))[-1].history
+    assert (record.devices, record.void) == (6, True)
 
 
 def test_what_a_device_says_of_its_error_is_a_name(tmp_path: Path) -> None:
