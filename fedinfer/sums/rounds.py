@@ -184,20 +184,24 @@ class SecureSums:
             with _refusing(node):
                 void |= self._masked(session, node, content)
         # --- sign
-        lists = {nodes[member]: to_bytes(shown) for member, shown in coordinator.survivors().items()}
+        with _saying_why(wave):
+            lists = {nodes[member]: to_bytes(shown) for member, shown in coordinator.survivors().items()}
         asked = {node: (SIGN, self._said({"survivors": frame})) for node, frame in lists.items()}
         wave = self._wave(asked, f"{task.what}, signing")
         for node, endorsement in self._read(wave, "endorsement", Endorsement):
             with _refusing(node):
                 coordinator.add_endorsement(endorsement)
         # --- reveal
-        said = self._said({"quorum": to_bytes(coordinator.quorum())})
+        with _saying_why(wave):
+            said = self._said({"quorum": to_bytes(coordinator.quorum())})
         wave = self._wave(dict.fromkeys(lists, (REVEAL, said)), f"{task.what}, revealing")
         for node, reveal in self._read(wave, "reveal", Reveal):
             with _refusing(node):
                 coordinator.add_reveal(reveal)
+        with _saying_why(wave):
+            total = coordinator.total()
         return SecureSum(
-            total=coordinator.total(),
+            total=total,
             survivors=len(lists),
             members=len(nodes),
             void=void,
@@ -267,3 +271,12 @@ def _refusing(node: int) -> Iterator[None]:
         yield
     except (ProtocolViolation, WireError) as error:
         log.warning("node %d: %s", node, error)
+
+
+@contextmanager
+def _saying_why(wave: Wave) -> Iterator[None]:
+    """A round that fails after a wave says what came back of it."""
+    try:
+        yield
+    except RoundFailed as error:
+        raise RoundFailed(f"{error} ({wave.reasons() or 'no failure'}); the devices' own logs say why") from None

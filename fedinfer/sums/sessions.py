@@ -95,7 +95,7 @@ class FolderSessions:
             replace_file(self._place(run), _boot_mark() + held, mode=0o600)
             places = sorted(self._folder.glob("*.place"), key=lambda path: path.stat().st_mtime_ns)
             for number, path in enumerate(reversed(places)):
-                if number >= MOST_PLACES or not path.read_bytes().startswith(_boot_mark()):
+                if number >= MOST_PLACES or not _is_of_this_start(path):
                     path.unlink()
 
     def count_set_up(self) -> None:
@@ -140,3 +140,9 @@ def _one_more(set_ups: int) -> int:
 def _boot_mark() -> bytes:
     """32 bytes that are others after a restart."""
     return hashlib.sha256(BOOT_ID.read_bytes() if BOOT_ID.exists() else b"").digest()
+
+
+def _is_of_this_start(path: Path) -> bool:
+    mark = _boot_mark()
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark

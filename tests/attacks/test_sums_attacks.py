@@ -14,7 +14,8 @@ from fedinfer.cli.federation import Node
 from fedinfer.errors import ProtocolViolation, RoundFailed
 from fedinfer.secagg import SumSpec
 from fedinfer.secagg.codec import to_bytes
-from fedinfer.secagg.round_messages import Inbox
+from fedinfer.secagg.participant import Participant
+from fedinfer.secagg.round_messages import Inbox, Offer, offer_header, offer_said
 from fedinfer.secagg.setup_messages import Commit, Opening
 from fedinfer.settings import RunConfig
 from fedinfer.sums.membership import Membership, open_membership
@@ -129,6 +130,33 @@ def test_seeded_noise_is_noted_though_what_is_beside_it_is_bad(tmp_path: Path) -
     grid = TamperingGrid(nodes, at=MASKED, tamper=_sends_no_offer)
     (record,) = trained(grid, replace(config, min_devices=5))[-1].history
     assert (record.devices, record.void) == (6, True)
+
+
+def test_offers_that_do_not_open_stop_the_sum_unpaid_and_it_is_said_whose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = Participant.offer
+
+    def offer(self: Participant, round: int) -> Offer:
+        made = honest(self, round)
+        if self.member != 2:
+            return made
+        boxes = {other: bytes(len(box)) for other, box in made.boxes.items()}
+        header = offer_header(
+            session=made.session,
+            round=round,
+            sender=self.member,
+            mask_key=made.mask_key,
+            seed_digest=made.seed_digest,
+        )
+        return replace(made, boxes=boxes, signature=self._identity.sign(offer_said(header=header, boxes=boxes)))
+
+    monkeypatch.setattr(Participant, "offer", offer)
+    config, nodes = hospitals(tmp_path, CONFIG)
+    with pytest.raises(RoundFailed, match=r"masked vectors: got 1, .* \(5 ProtocolViolation\)"):
+        trained(LossyGrid(nodes, lose=nothing_lost), config)
+    assert sum("offer of member 2: box" in record.getMessage() for record in caplog.records) == 5 * 3
+    assert [charged(node)[0] for node in nodes] == [0, 0, 3, 0, 0, 0]
 
 
 def test_what_a_device_says_of_its_error_is_a_name(tmp_path: Path) -> None:
