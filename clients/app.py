@@ -16,10 +16,7 @@ from fedinfer.sums.messages import SumMessage, sum_from_content, sum_to_content
 from fedinfer.sums.steps import add_steps, answer
 
 if TYPE_CHECKING:
-    from fedinfer.evaluating import EvaluationTask
-    from fedinfer.training import StepTask
-
-    from .sdk import Device
+    from .sdk import Device, SumTask
 
 app = ClientApp()
 add_steps(app, lambda context: open_membership(context.node_config))
@@ -59,7 +56,15 @@ def counted(message: Message, context: Context) -> Message:
     return _answer(message, context, lambda device, task: _masked(device, task, evaluation_from_content(task)))
 
 
-def _masked(device: "Device", content: RecordDict, task: "StepTask | EvaluationTask") -> RecordDict:
+@app.query("masked")
+def histograms(message: Message, context: Context) -> Message:
+    """Histograms of every feature by a secure sum."""
+    from fedinfer.flower import histograms_from_content
+
+    return _answer(message, context, lambda device, task: _masked(device, task, histograms_from_content(task)))
+
+
+def _masked(device: "Device", content: RecordDict, task: "SumTask") -> RecordDict:
     reply = device.masked(task, sum_from_content(content).read("inbox", Inbox))
     frames = {"masked": to_bytes(reply.masked), "offer": to_bytes(reply.offer)}
     return sum_to_content(SumMessage(run=task.run, frames=frames), void=reply.void)

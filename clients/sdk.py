@@ -10,6 +10,7 @@ from typing import Self
 
 from torch import nn
 
+from fedinfer.counting import HistogramTask, histogram_summand
 from fedinfer.data import Schema, Table, encode, heart_rows, heart_schema, read_schema, read_table
 from fedinfer.errors import BadInput, BadUsage, SchemaError, UnprotectedRefused
 from fedinfer.evaluating import EvaluationReply, EvaluationTask, evaluation_summand, private_evaluation
@@ -32,6 +33,8 @@ from fedinfer.sums.membership import NO_MEMBER, Membership, MembershipConfig, me
 from fedinfer.training import StepReply, StepTask, private_step, step_summand, unsafe_step
 
 log = logging.getLogger("fedinfer.device")
+# What a device takes part in by a secure sum.
+SumTask = StepTask | EvaluationTask | HistogramTask
 BUNDLED = "heart-disease"
 # A scratch ledger keeps the books of an evaluation on public rows; it is no limit.
 SCRATCH_EPSILON, SCRATCH_DELTA = 1e9, 0.999
@@ -216,7 +219,7 @@ class Device:
             raise BadUsage(NO_MEMBER)
         return self._membership
 
-    def masked(self, task: StepTask | EvaluationTask, inbox: Inbox) -> MaskedReply:
+    def masked(self, task: SumTask, inbox: Inbox) -> MaskedReply:
         """Answer one round of a secure sum: check it, reserve in the ledger, use the rows, mask, commit.
 
         What is charged is the sum's plan or release. It stays charged if the round comes to nothing.
@@ -242,14 +245,17 @@ class Device:
             offer = participant.offer(inbox.round + 1)
         return MaskedReply(masked=masked, offer=offer, void=stream.void)
 
-    def _summand(self, task: StepTask | EvaluationTask, stream: NoiseStream) -> Words:
+    def _summand(self, task: SumTask, stream: NoiseStream) -> Words:
+        if isinstance(task, HistogramTask):
+            return histogram_summand(task, self._table, stream)
         net = self._net(task.spec)
         if isinstance(task, StepTask):
             return step_summand(task, net, self._table, stream)
         return evaluation_summand(task, net, self._table, stream)
 
-    def _check(self, task: StepTask | EvaluationTask) -> None:
-        if task.schema_digest != self._schema_digest or task.spec.inputs != self._width:
+    def _check(self, task: SumTask) -> None:
+        width = task.release.features if isinstance(task, HistogramTask) else task.spec.inputs
+        if task.schema_digest != self._schema_digest or width != self._width:
             raise SchemaError(
                 "task: got another schema than this device's, expected the same schema.toml on both sides"
             )

@@ -19,6 +19,7 @@ NOT_TUNED |= {
     "resume",
     "out",
     "evaluate",
+    "histograms",
     "keep_trajectory",
     "unsafe_no_privacy",
 }

@@ -8,11 +8,13 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, MetricRecord, RecordDict
 
 from fedinfer.arrays import Vector
+from fedinfer.counting import HistogramTask
 from fedinfer.errors import WireError
 from fedinfer.evaluating import EvaluationReply, EvaluationTask
 from fedinfer.models import ModelSpec
 from fedinfer.privacy import plan_from_json
 from fedinfer.privacy.evaluation import EvaluationRelease
+from fedinfer.privacy.histograms import FeatureHistograms
 from fedinfer.training import StepReply, StepTask
 
 STEP = "train.step"
@@ -111,6 +113,28 @@ def counts_from_content(content: RecordDict, *, size: int) -> EvaluationReply:
         return EvaluationReply(counts=counts, void=bool(_typed(content.metric_records["reply"], "void", int)))
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"counts message: expected a field or a type that is not there ({error})") from None
+
+
+def histograms_to_content(task: HistogramTask) -> RecordDict:
+    """The content of a message that asks for histograms."""
+    fields = {"run": task.run, "schema": task.schema_digest, "release": json.dumps(task.release.to_json())}
+    return RecordDict({"task": ConfigRecord(fields)})  # type: ignore[arg-type]
+
+
+def histograms_from_content(content: RecordDict) -> HistogramTask:
+    """Read the content of a message that asks for histograms.
+
+    Raises: WireError if it is not one; BadUsage if a field cannot be.
+    """
+    try:
+        fields = content.config_records["task"]
+        return HistogramTask(
+            run=_typed(fields, "run", str),
+            schema_digest=_typed(fields, "schema", str),
+            release=FeatureHistograms.from_json(json.loads(_typed(fields, "release", str))),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"histogram message: expected a field or a type that is not there ({error})") from None
 
 
 def _subject(task: StepTask | EvaluationTask) -> dict[str, ConfigRecordValues]:

@@ -16,6 +16,7 @@ from fedinfer.models import ModelSpec, build
 from fedinfer.privacy import DistributedPlan, Poisson, PrivacyPlan
 from fedinfer.privacy.checks import check_delta, check_epsilon, check_positive
 from fedinfer.privacy.evaluation import EvaluationRelease
+from fedinfer.privacy.histograms import FeatureHistograms
 from fedinfer.rules import ServerRule, rule_named
 from fedinfer.secagg import Parameters, PkiFile, Policy
 
@@ -39,7 +40,8 @@ class RunConfig:
     `spare_steps` are releases that the plan pays for beyond `rounds`, so that a round interrupted by a crash can be
     repeated. `combine` makes one update of a round's many; how many of them may be anything at all, `wrong_devices`, is
     an assumption of robust rules. Where `evaluate` names a model file, nothing is trained: each device answers once
-    with noised counts, whose ε and δ are `epsilon` and `delta`. `experiments/choose_settings.py` is where the defaults
+    with noised counts, whose ε and δ are `epsilon` and `delta`; where `histograms` is a number of bins, with
+    histograms of every feature, by a secure sum. `experiments/choose_settings.py` is where the defaults
     come from.
     """
 
@@ -73,6 +75,7 @@ class RunConfig:
     resume: bool = False
     out: str = ""
     evaluate: str = ""
+    histograms: int = 0
     keep_trajectory: bool = False
 
     def __post_init__(self) -> None:
@@ -143,6 +146,7 @@ class RunConfig:
             "resume",
             "out",
             "evaluate",
+            "histograms",
             "keep_trajectory",
             "schema",
             "pki",
@@ -224,6 +228,17 @@ class RunConfig:
             epsilon=self.epsilon,
             delta=self.delta,
             loss_bound=LOSS_BOUND,
+            min_honest=1 if self._parameters is None else self._parameters.min_honest,
+        )
+
+    @cached_property
+    def feature_histograms(self) -> FeatureHistograms:
+        """What devices add up to show where their rows lie."""
+        return FeatureHistograms.calibrate(
+            epsilon=self.epsilon,
+            delta=self.delta,
+            features=self.public_schema.width,
+            bins=self.histograms,
             min_honest=1 if self._parameters is None else self._parameters.min_honest,
         )
 

@@ -18,6 +18,7 @@ from fedinfer.settings import RunConfig
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import evaluate
+from .histograms import histograms
 from .rounds import RoundState, first_state, rounds
 
 app = ServerApp()
@@ -27,13 +28,17 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train one model, or measure the one that `evaluate` names.
 
-    In `context.state` are then "weights", "trajectory" (rounds + 1, d) and "result", or "evaluation".
+    In `context.state` are then "weights", "trajectory" (rounds + 1, d) and "result", or "evaluation" or "histograms".
     """
     config = RunConfig.from_flat(context.run_config)
     if config.evaluate:
         run = config.run or f"evaluation-{secrets.token_hex(4)}"
         result = evaluate(grid, config, load(Path(config.evaluate)), run)
         context.state["evaluation"] = ConfigRecord({"json": json.dumps(result)})
+        return
+    if config.histograms:
+        result = histograms(grid, config, config.run or f"histograms-{secrets.token_hex(4)}")
+        context.state["histograms"] = ConfigRecord({"json": json.dumps(result)})
         return
     checkpoint = Path(config.checkpoint) if config.checkpoint else None
     if config.resume and checkpoint is not None:

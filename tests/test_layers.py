@@ -16,7 +16,7 @@ LAYERS = (
     ("algorithms", "optimisers", "local_app"),
     ("local_task",),
     ("training",),
-    ("evaluating",),
+    ("evaluating", "counting"),
     ("flower",),
     ("sums",),
     ("simulation",),

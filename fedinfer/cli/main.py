@@ -96,7 +96,9 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the report, the model and the ledgers.")] = Path(
         "demo-out"
     ),
-    fast: Annotated[bool, typer.Option("--fast", help="Four splits and two ε instead of twenty and four: under half a minute.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Four splits and two ε instead of twenty and four: under half a minute.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Four real hospitals train one model, a device predicts offline, a query is answered under encryption."""

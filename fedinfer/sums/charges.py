@@ -2,9 +2,10 @@
 
 from fedinfer.errors import UnprotectedRefused
 from fedinfer.privacy import DistributedPlan, EvaluationRelease
+from fedinfer.privacy.histograms import FeatureHistograms
 from fedinfer.secagg import Parameters
 
-SumCharge = DistributedPlan | EvaluationRelease
+SumCharge = DistributedPlan | EvaluationRelease | FeatureHistograms
 
 
 def check_charge(charge: SumCharge, parameters: Parameters) -> None:

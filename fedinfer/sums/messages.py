@@ -1,11 +1,14 @@
 """Flower messages of a secure sum: frames of `fedinfer/secagg` in a ConfigRecord, and what they are about beside them.
 
-query.offer   → commit           set-up, once for many rounds
-query.open    roster → opening
-query.share   openings → offer for the first round; without openings, an offer for a later round
-train.masked, evaluate.masked    task and inbox → masked vector, with the offer for the next round
-query.sign    survivors → endorsement
-query.reveal  quorum → reveal
+- `query.offer`: → commit. The set-up, once for many rounds.
+- `query.open`: roster → opening.
+- `query.share`: openings → offer for the first round; without openings, an offer for a later round.
+- `train.masked`, `evaluate.masked`, `query.masked`: task and inbox → masked vector, with the offer for the next round.
+- `query.sign`: survivors → endorsement.
+- `query.reveal`: quorum → reveal.
+
+A device's answer to any message, of these or others, may be an error. This file is light: a SuperNode starts a process
+for each message, and most steps of a sum need no torch.
 """
 
 import re
@@ -19,7 +22,7 @@ from fedinfer.errors import FedinferError, WireError
 from fedinfer.secagg.codec import Message, from_bytes
 
 OFFER, OPEN, SHARE = "query.offer", "query.open", "query.share"
-MASKED, COUNTED = "train.masked", "evaluate.masked"
+MASKED, COUNTED, HISTOGRAMS = "train.masked", "evaluate.masked", "query.masked"
 SIGN, REVEAL = "query.sign", "query.reveal"
 SUM, VOID = "sum", "void"
 # More than any message of a round of 2^26 weights.

@@ -7,7 +7,7 @@ import pytest
 
 from clients.app import app as client_app
 from fedinfer.arrays import flatten
-from fedinfer.cli.evaluation import write_rows
+from fedinfer.cli.methods import write_rows
 from fedinfer.data import heart_rows
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.models import load
