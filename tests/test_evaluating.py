@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 from clients.app import app as client_app
 from clients.sdk import Device
 from fedinfer.arrays import flatten
-from fedinfer.cli.evaluation import write_rows
+from fedinfer.cli.methods import write_rows
 from fedinfer.data import encode, heart_rows, heart_schema
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.errors import BadUsage, BudgetExceeded, SchemaError, WireError

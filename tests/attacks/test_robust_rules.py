@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 
 from clients.app import app as honest_app
 from experiments.robust_rules import auc_of
-from fedinfer.cli.evaluation import Split, splits
+from fedinfer.cli.methods import Split, splits
 from fedinfer.combiners import COMBINERS
 from fedinfer.errors import BadUsage
 from fedinfer.settings import RunConfig

@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from clients.app import app as client_app
 from clients.local import LocalModel
 from clients.sdk import Device, DeviceConfig
-from fedinfer.cli.evaluation import write_rows
+from fedinfer.cli.methods import write_rows
 from fedinfer.data import Table, encode, heart_rows, heart_schema, to_json
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.errors import BadUsage, SchemaError, UnprotectedRefused

@@ -8,8 +8,8 @@ from flwr.serverapp import Grid
 
 from clients.app import app as client_app
 from clients.sdk import DeviceConfig, open_device
-from fedinfer.cli.methods import write_rows
 from fedinfer.cli.federation import Node, enlist
+from fedinfer.cli.methods import write_rows
 from fedinfer.data import heart_rows
 from fedinfer.data.heart import SCHEMA_PATH
 from fedinfer.privacy import PrivacyLedger
