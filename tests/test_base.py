@@ -14,8 +14,6 @@ from fedinfer.arrays import digest, flatten, unflatten
 from fedinfer.errors import BadUsage, FedinferError, MessageTooLarge, ShapeMismatch, UnsupportedVersion, WireError
 from fedinfer.files import replace_file
 from fedinfer.flower import (
-    error_kind,
-    error_to_content,
     reply_from_content,
     reply_to_content,
     task_from_content,
@@ -25,6 +23,7 @@ from fedinfer.models import ModelSpec
 from fedinfer.privacy import Poisson, PrivacyPlan
 from fedinfer.rules import RULES, FedAdaptive, FedSgd, rule_named
 from fedinfer.settings import RunConfig
+from fedinfer.sums.messages import error_kind, error_to_content
 from fedinfer.training import StepReply, StepTask
 from fedinfer.wire import Frame, Kind, decode, encode
 

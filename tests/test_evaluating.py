@@ -18,7 +18,6 @@ from fedinfer.flower import (
     COUNTS,
     counts_from_content,
     counts_to_content,
-    error_kind,
     evaluation_from_content,
     evaluation_to_content,
 )
@@ -27,6 +26,7 @@ from fedinfer.privacy import PrivacyLedger
 from fedinfer.privacy.evaluation import EvaluationRelease
 from fedinfer.simulation import InProcessGrid
 from fedinfer.simulation.grid import _task_of
+from fedinfer.sums.messages import error_kind
 
 SCHEMA = heart_schema()
 SPEC = ModelSpec(family="logistic", inputs=SCHEMA.width)

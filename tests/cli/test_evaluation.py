@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from server.sums import SecureSum, SecureSums, SumTask
 
 from fedinfer.cli.evaluation import ALL, Evaluation
 from fedinfer.cli.methods import PRIVATE, Method, Sums, Trained, Way, methods, plan_of, splits, train
 from fedinfer.models import build
 from fedinfer.privacy import DistributedPlan, PrivacyPlan
 from fedinfer.settings import RunConfig
+from fedinfer.sums.rounds import SecureSum, SecureSums, SumTask
 
 ROUNDS = 2
 
