@@ -1,6 +1,7 @@
 """Attacks on secure sums over Flower: by a server that asks twice, by devices that answer for others, by a crash."""
 
 import os
+import random
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -216,6 +217,59 @@ def test_a_message_that_is_sent_twice_is_answered_once(tmp_path: Path, at: str, 
     assert len(grid.answers) == 3
     assert [sorted(pair, key=str) for pair in grid.answers] == [[None, "ProtocolViolation"]] * 3
     assert [charged(node) for node in nodes] == [(1, 1)] * 3
+
+
+class Garbling(LossyGrid):
+    """A network that delivers each message of a sum garbled first, in several ways, and then as it is."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        super().__init__(nodes, lose=nothing_lost)
+        self._random = random.Random(0)
+        self.kinds: list[str | None] = []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        asked = list(messages)
+        for garble in (self._flipped, self._cut, self._of_another_run):
+            changed = [(_copy(message), garble(message.content)) for message in asked]
+            for message, content in changed:
+                message.content = content
+            wave = [message for message, _ in changed if message.metadata.message_type != OFFER]
+            self.kinds += [error_kind(reply.content) for reply in super().send_and_receive(wave, timeout=timeout)]
+        return super().send_and_receive(asked, timeout=timeout)
+
+    def _flipped(self, content: RecordDict) -> RecordDict:
+        def flip(frame: bytes) -> bytes:
+            place = self._random.randrange(len(frame))
+            return frame[:place] + bytes([frame[place] ^ (1 << self._random.randrange(8))]) + frame[place + 1 :]
+
+        return self._changed(content, flip)
+
+    def _cut(self, content: RecordDict) -> RecordDict:
+        return self._changed(content, lambda frame: frame[: self._random.randrange(len(frame))])
+
+    def _of_another_run(self, content: RecordDict) -> RecordDict:
+        records = {name: ConfigRecord(dict(r)) if name in (SUM, "task") else r for name, r in content.items()}
+        for name in {SUM, "task"} & set(records):
+            record = records[name]
+            assert isinstance(record, ConfigRecord)
+            record["run"] = "another run"
+        return RecordDict(records)
+
+    def _changed(self, content: RecordDict, change: Callable[[bytes], bytes]) -> RecordDict:
+        record = content.config_records[SUM]
+        frames = {k: change(value) if isinstance(value, bytes) else value for k, value in record.items()}
+        return RecordDict({**content, SUM: ConfigRecord(frames)})
+
+
+def test_garbled_messages_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    config, nodes = hospitals(tmp_path, replace(CONFIG, rounds=2, min_devices=4, dropout=0.0))
+    grid = Garbling(nodes)
+    found = trained(grid, config)
+    assert [record.devices for record in found[-1].history] == [4, 4]
+    # Five kinds of messages, of which three twice, to four devices, each garbled in three ways.
+    assert len(grid.kinds) == (2 + 3 * 2) * 4 * 3
+    assert set(grid.kinds) == {"WireError", "ProtocolViolation"}
+    assert [charged(node) for node in nodes] == [(2, 2)] * 4
 
 
 def members_in(folder: Path) -> tuple[list[Membership], list[Inbox], SumSpec]:
