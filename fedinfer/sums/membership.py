@@ -7,7 +7,7 @@ and puts it back. Only public messages go out.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from fedinfer.errors import BadUsage, ProtocolViolation
@@ -96,7 +96,7 @@ def open_membership(node: Mapping[str, bool | float | int | str]) -> "Membership
     return opened(config)
 
 
-@lru_cache(maxsize=1024)
+@cache
 def opened(config: MembershipConfig) -> "Membership":
     """The member of `config`, the same for the whole process: its places may be in memory."""
     return config.open()

@@ -61,6 +61,13 @@ def test_a_device_without_an_identity_is_in_no_sum() -> None:
     assert str(caught.value) == NO_MEMBER
 
 
+def test_a_member_in_memory_is_the_same_however_many_there_are(node: Node) -> None:
+    first = open_membership(node)
+    for number in range(1100):
+        open_membership({**node, "dropout": number / 10_000})
+    assert open_membership(node) is first
+
+
 def test_the_name_of_a_run_is_bounded_before_it_is_told_to_anyone(node: Node) -> None:
     member = open_membership(node)
     for step in (lambda run: member.offer(run), lambda run: member.open(run, b"")):
