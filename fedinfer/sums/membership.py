@@ -120,7 +120,8 @@ class Membership:
         newcomer = self._newcomer(run, held=None, roster=None)
         self._sessions.count_set_up()
         commit = newcomer.commit()
-        self._put(run, Held(roster=b"", openings=b"", newcomers=(newcomer.suspend(),)))
+        held = Held(roster=b"", openings=b"", newcomers=(newcomer.suspend(),))
+        self._sessions.put(run, to_bytes(held))
         return commit
 
     def open(self, run: str, roster: bytes) -> Opening:
@@ -188,10 +189,7 @@ class Membership:
             yield place
         finally:
             if place.kept:
-                self._put(run, place.held)
-
-    def _put(self, run: str, held: Held) -> None:
-        self._sessions.put(run, to_bytes(held))
+                self._sessions.put_back(run, to_bytes(place.held))
 
 
 class _Place:

@@ -34,7 +34,13 @@ class Sessions(Protocol):
         """
         ...
 
-    def put(self, run: str, held: bytes) -> None: ...
+    def put(self, run: str, held: bytes) -> None:
+        """Begin a place in `run`; one that was there is over."""
+        ...
+
+    def put_back(self, run: str, held: bytes) -> None:
+        """A place that was taken, as it is now; it is over if another was begun meanwhile."""
+        ...
 
     def count_set_up(self) -> None:
         """Raises: ProtocolViolation for one more set-up than this device takes part in."""
@@ -58,6 +64,10 @@ class MemorySessions:
         self._places[run] = held
         while len(self._places) > MOST_PLACES:
             self._places.pop(next(iter(self._places)))
+
+    def put_back(self, run: str, held: bytes) -> None:
+        if run not in self._places:
+            self.put(run, held)
 
     def count_set_up(self) -> None:
         self._set_ups = _one_more(self._set_ups)
@@ -89,14 +99,12 @@ class FolderSessions:
 
     def put(self, run: str, held: bytes) -> None:
         with self._locked():
-            # What a crash left of a file that was being written, and places that nobody may take any more.
-            for path in self._folder.glob(".*.part"):
-                path.unlink()
-            replace_file(self._place(run), _boot_mark() + held, mode=0o600)
-            places = sorted(self._folder.glob("*.place"), key=lambda path: path.stat().st_mtime_ns)
-            for number, path in enumerate(reversed(places)):
-                if number >= MOST_PLACES or not _is_of_this_start(path):
-                    path.unlink()
+            self._write(run, held)
+
+    def put_back(self, run: str, held: bytes) -> None:
+        with self._locked():
+            if not self._place(run).exists():
+                self._write(run, held)
 
     def count_set_up(self) -> None:
         with self._locked():
@@ -106,6 +114,16 @@ class FolderSessions:
             except ValueError:
                 raise ProtocolViolation(f"{path}: got no number, expected how often this device has set up") from None
             replace_file(path, str(_one_more(before)).encode(), mode=0o600)
+
+    def _write(self, run: str, held: bytes) -> None:
+        # What a crash left of a file that was being written, and places that nobody may take any more.
+        for path in self._folder.glob(".*.part"):
+            path.unlink()
+        replace_file(self._place(run), _boot_mark() + held, mode=0o600)
+        places = sorted(self._folder.glob("*.place"), key=lambda path: path.stat().st_mtime_ns)
+        for number, path in enumerate(reversed(places)):
+            if number >= MOST_PLACES or not _is_of_this_start(path):
+                path.unlink()
 
     def _place(self, run: str) -> Path:
         return self._folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.place"

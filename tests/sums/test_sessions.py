@@ -27,6 +27,16 @@ def test_a_place_is_taken_once(places: Sessions) -> None:
     assert places.take("other") == b"another"
 
 
+def test_a_place_that_was_taken_is_over_once_another_was_begun(places: Sessions) -> None:
+    places.put("run", b"first")
+    held = places.take("run")
+    places.put_back("run", held + b", a step later")
+    assert places.take("run") == b"first, a step later"
+    places.put("run", b"second")
+    places.put_back("run", b"first, another step later")
+    assert places.take("run") == b"second"
+
+
 def test_only_the_latest_places_are_kept(places: Sessions) -> None:
     for number in range(fedinfer.sums.sessions.MOST_PLACES + 1):
         places.put(f"run {number}", b"")
