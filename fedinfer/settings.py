@@ -189,6 +189,11 @@ class RunConfig:
             return None
         return self.policy.parameters(clients=self.min_devices, members=len(self.federation))
 
+    @property
+    def min_honest(self) -> int:
+        """How many honest devices' noise counts; 1 where each adds all of its own."""
+        return 1 if self._parameters is None else self._parameters.min_honest
+
     @cached_property
     def plan(self) -> PrivacyPlan | DistributedPlan | None:
         """The plan that every device runs and charges whole, or None without privacy."""
@@ -228,7 +233,7 @@ class RunConfig:
             epsilon=self.epsilon,
             delta=self.delta,
             loss_bound=LOSS_BOUND,
-            min_honest=1 if self._parameters is None else self._parameters.min_honest,
+            min_honest=self.min_honest,
         )
 
     @cached_property
@@ -239,7 +244,7 @@ class RunConfig:
             delta=self.delta,
             features=self.public_schema.width,
             bins=self.histograms,
-            min_honest=1 if self._parameters is None else self._parameters.min_honest,
+            min_honest=self.min_honest,
         )
 
     def combiner(self) -> Combiner:

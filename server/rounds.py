@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedinfer.arrays import Vector, flatten
 from fedinfer.combiners import Combiner
-from fedinfer.errors import RoundFailed, ShapeMismatch
+from fedinfer.errors import ProtocolViolation, RoundFailed, ShapeMismatch
 from fedinfer.flower import STEP, reply_from_content, task_to_content
 from fedinfer.models import build
 from fedinfer.privacy import DistributedPlan
@@ -24,6 +24,8 @@ from fedinfer.training import StepTask
 
 log = logging.getLogger("fedinfer.server")
 POLL_S = 0.5
+# How often the sum of a round is asked for; a second time takes one of the plan's spare steps.
+SUM_TRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def wait_for_devices(grid: Grid, config: RunConfig) -> list[int]:
 def rounds(grid: Grid, config: RunConfig, state: RoundState) -> Iterator[RoundState]:
     """Run the rounds after `state`, one state each.
 
-    Raises: RoundFailed if fewer than `min_devices` devices answer with a step.
+    Raises: RoundFailed if fewer than `min_devices` devices answer with a step, or a secure sum comes to nothing.
     """
     devices = wait_for_devices(grid, config)
     rule, combiner = config.server_rule(), config.combiner()
@@ -134,6 +136,7 @@ def secure_sums(grid: Grid, config: RunConfig, run: str) -> SecureSums | None:
         pki=config.federation,
         policy=config.policy,
         min_devices=config.min_devices,
+        min_honest=config.min_honest,
         timeout_s=config.timeout_s,
     )
 
@@ -161,9 +164,13 @@ def _together(sums: SecureSums, task: StepTask) -> _Step:
             spec=task.sum_spec,
             model=task.digest(),
             group=str(task.round),
+            tries=SUM_TRIES,
         )
     )
-    plan.check_total(found.total, survivors=found.survivors)
+    try:
+        plan.check_total(found.total, survivors=found.survivors)
+    except ProtocolViolation as error:
+        raise RoundFailed(f"round {task.round}: {error}") from None
     return _Step(
         mean=plan.decode(found.total, rotation=task.rotation),
         devices=found.survivors,

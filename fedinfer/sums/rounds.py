@@ -41,20 +41,24 @@ from fedinfer.sums.messages import (
 from fedinfer.sums.waves import Wave, send, size_of
 
 log = logging.getLogger("fedinfer.server")
-# Set-ups in a row in which somebody keeps silent, and sums of one task that fail.
+# Set-ups in a row in which somebody keeps silent.
 TRIES = 3
 M = TypeVar("M", bound=SumFrame)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SumTask:
-    """What is summed: the message to members, the vectors it asks for, and the digest that all of them must share."""
+    """What is summed: the message to members, the vectors it asks for, and the digest that all of them must share.
+
+    `tries` is how often it may be asked for, where what devices charge it to has room for more than once.
+    """
 
     action: str
     content: RecordDict
     spec: SumSpec
     model: bytes
     group: str
+    tries: int = 1
 
     @property
     def what(self) -> str:
@@ -89,21 +93,29 @@ class SecureSums:
     """The secure sums of one run, over as many sessions as it takes."""
 
     def __init__(
-        self, grid: Grid, *, run: str, pki: PkiFile, policy: Policy, min_devices: int, timeout_s: float
+        self,
+        grid: Grid,
+        *,
+        run: str,
+        pki: PkiFile,
+        policy: Policy,
+        min_devices: int,
+        min_honest: int,
+        timeout_s: float,
     ) -> None:
         self._grid, self._run, self._pki, self._policy = grid, run, pki, policy
-        self._min_devices, self._timeout_s = min_devices, timeout_s
+        self._min_devices, self._min_honest, self._timeout_s = min_devices, min_honest, timeout_s
         self._session: _Session | None = None
         self._bytes_up = self._bytes_down = self._waves = 0
 
     def total(self, task: SumTask) -> SecureSum:
         """The sum over all members who answer in time.
 
-        A sum that fails is tried again after a new set-up; devices charge each try.
+        A sum that fails is tried again after a new set-up, if the task says so; devices charge each try.
         Raises: RoundFailed if too few devices set up or answer.
         """
         self._bytes_up = self._bytes_down = self._waves = 0
-        for left in reversed(range(TRIES)):
+        for left in reversed(range(task.tries)):
             session = self._ready()
             try:
                 return self._sum(session, task)
@@ -137,8 +149,9 @@ class SecureSums:
                         raise ProtocolViolation(f"commit of member {commit.member}: got it from two nodes")
                     commits[commit.member], node_of[commit.member] = commit, node
             self._check_enough("commits", len(commits), wave.reasons())
+            for member in sorted(commits)[self._safe_size(len(commits)) :]:
+                del commits[member], node_of[member]
             roster = Roster.of(commits)
-            self._check_numbers(len(commits))
             # --- everybody's randomness
             said = self._said({"roster": to_bytes(roster)})
             wave = self._wave(dict.fromkeys(node_of.values(), (OPEN, said)), "set-up 2")
@@ -250,11 +263,23 @@ class SecureSums:
             with _refusing(node):
                 yield node, sum_from_content(content).read(name, kind)
 
-    def _check_numbers(self, clients: int) -> None:
-        try:
-            self._policy.parameters(clients=clients, members=len(self._pki))
-        except BadUsage as error:
-            raise RoundFailed(f"set-up: {error}") from None
+    def _safe_size(self, clients: int) -> int:
+        """The most of `clients` members with which as many honest ones are in a sum as noise counts on.
+
+        More members are not always more honest ones: their shares of dropouts and corrupt members come in whole ones.
+        Raises: RoundFailed if there is no such number from `min_devices` on.
+        """
+        why = ""
+        for size in range(clients, self._min_devices - 1, -1):
+            try:
+                found = self._policy.parameters(clients=size, members=len(self._pki))
+            except BadUsage as error:
+                why = str(error)
+                continue
+            if found.min_honest >= self._min_honest:
+                return size
+            why = f"{found.min_honest} honest members are sure, expected {self._min_honest}"
+        raise RoundFailed(f"set-up: got {clients} members, of whom no sum is safe ({why})")
 
     def _check_enough(self, what: str, got: int, reasons: str) -> None:
         if got < self._min_devices:

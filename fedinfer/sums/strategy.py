@@ -59,7 +59,7 @@ class SecureFedAvg(Strategy):
     ) -> None:
         self._pki, self._policy = PkiFile.read(Path(pki), pinned=pki_digest), Policy(corrupt=corrupt, dropout=dropout)
         self._parameters = self._policy.parameters(clients=min_devices, members=len(self._pki))
-        self._epsilon, self._delta, self._steps = epsilon, delta, rounds + spare
+        self._epsilon, self._delta, self._steps, self._spare = epsilon, delta, rounds + spare, spare
         self._clip_norm, self._min_devices, self._bits, self._timeout_s = clip_norm, min_devices, bits, timeout_s
         self._rule: ServerRule = FedSgd(learning_rate=1.0) if rule is None else rule
         self._run = f"strategy-{secrets.token_hex(8)}"
@@ -94,6 +94,7 @@ class SecureFedAvg(Strategy):
             spec=SumSpec(length=plan.padded, bits=plan.bits),
             model=content_digest(content),
             group=str(server_round),
+            tries=2 if self._spare else 1,
         )
         self._found = arrays, sums.total(task)
         return []
@@ -154,6 +155,7 @@ class SecureFedAvg(Strategy):
                 pki=self._pki,
                 policy=self._policy,
                 min_devices=self._min_devices,
+                min_honest=self._parameters.min_honest,
                 timeout_s=self._timeout_s,
             )
         return self._sums

@@ -122,7 +122,7 @@ def test_what_an_app_says_when_it_fails_stays_on_the_device(tmp_path: Path) -> N
     errors = [dict(content.config_records["error"]) for content in grid.seen if "error" in content]
     assert errors == [{"kind": "InternalError"}] * len(errors) != []
     # The rows may have been used: it is charged.
-    assert charged(nodes) == [3] * CLIENTS
+    assert charged(nodes) == [2] * CLIENTS
 
 
 @pytest.mark.parametrize("value", [1e30, -1e300, float("nan"), float("inf"), 93.5])

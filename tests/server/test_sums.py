@@ -1,13 +1,14 @@
 """Rounds by secure sums over Flower: who may drop out when, what is charged, and how many waves it takes."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedinfer.arrays import Vector
-from fedinfer.errors import RoundFailed
+from fedinfer.errors import BadUsage, RoundFailed
 from fedinfer.settings import RunConfig
 from fedinfer.sums.messages import MASKED, OFFER, OPEN, REVEAL, SHARE, SIGN
 from server.rounds import RoundState, first_state, rounds
@@ -152,7 +153,7 @@ def test_too_many_dropouts_give_no_sum_and_the_ledgers_stay_charged(tmp_path: Pa
         return
     with pytest.raises(RoundFailed):
         states(grid, config)
-    tries = 3
+    tries = 2
     assert Counter(kind for kind, _ in grid.sent)[OFFER] == 5 * tries
     assert [charged(node)[0] for node in nodes] == [0 if stage == MASKED and n < lost else tries for n in range(5)]
 
@@ -177,3 +178,14 @@ def test_an_answer_that_is_lost_counts_as_a_dropout_and_is_charged(tmp_path: Pat
     found = states(grid, config)
     assert found[-1].history[0].devices == 4
     assert charged(nodes[4])[0] >= 1
+
+
+def test_a_roster_is_cut_where_one_member_more_would_not_be_safe(tmp_path: Path) -> None:
+    # Twelve of sixty may be corrupt: 19 members are enough, and 20, of whom one more may drop out, are not.
+    config = RunConfig(rounds=1, min_devices=60, corrupt=0.2, dropout=0.2, epsilon=4.0)
+    config, nodes = hospitals(tmp_path, config, rows=5)
+    config = replace(config, min_devices=19)
+    with pytest.raises(BadUsage, match="got 20 clients with 12 corrupt"):
+        config.policy.parameters(clients=20, members=60)
+    (state,) = states(LossyGrid(nodes[:20], lose=nothing_lost), config)
+    assert state.history[0].devices == 19
