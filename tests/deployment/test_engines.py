@@ -39,6 +39,7 @@ def in_process(nodes: list[dict[str, str]]) -> np.ndarray:
     return weights
 
 
+@pytest.mark.long
 def test_superlink_gives_the_weights_of_the_in_process_grid(tmp_path: Path) -> None:
     deployed = [node(tmp_path / "deployed", name) for name in ("Cleveland", "VA Long Beach")]
     local = [node(tmp_path / "local", name) for name in ("Cleveland", "VA Long Beach")]
