@@ -49,7 +49,7 @@ class FeatureHistograms:
     >>> release = FeatureHistograms.calibrate(epsilon=2.0, delta=1e-6, features=2, bins=2)
     >>> rows = np.array([[-0.5, 0.9]] * 200)
     >>> release.read(release.counts(rows, insecure_seeded_noise("example"))).round(-1).tolist()
-    [[190.0, 0.0], [0.0, 210.0]]
+    [[200.0, 0.0], [10.0, 200.0]]
     """
 
     features: int

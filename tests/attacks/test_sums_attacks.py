@@ -205,8 +205,14 @@ def _copy(message: Message) -> Message:
     return Message(message.content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id)
 
 
-@pytest.mark.parametrize("at", [OPEN, SHARE, MASKED, SIGN, REVEAL])
-@pytest.mark.parametrize(("places", "at_once"), [("memory", False), ("folder", True)])
+@pytest.mark.parametrize(
+    ("at", "places", "at_once"),
+    [
+        *((at, "memory", False) for at in (OPEN, SHARE, MASKED, SIGN, REVEAL)),
+        # A ledger is of one thread: whether it or the place refuses a second masked vector at once, is chance.
+        *((at, "folder", at != MASKED) for at in (OPEN, SHARE, MASKED, SIGN, REVEAL)),
+    ],
+)
 def test_a_message_that_is_sent_twice_is_answered_once(tmp_path: Path, at: str, places: str, at_once: bool) -> None:
     config, nodes = hospitals(tmp_path, replace(CONFIG, min_devices=3, dropout=0.0, corrupt=0.1))
     for node in nodes if places == "folder" else []:
