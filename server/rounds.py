@@ -19,7 +19,7 @@ from fedinfer.rules import RuleState
 from fedinfer.settings import RunConfig
 from fedinfer.sums.messages import MASKED
 from fedinfer.sums.rounds import SecureSums, SumTask
-from fedinfer.sums.waves import send, size_of
+from fedinfer.sums.waves import Wave, size_of
 from fedinfer.training import StepTask
 
 log = logging.getLogger("fedinfer.server")
@@ -210,12 +210,11 @@ def answers_of(grid: Grid, messages: Sequence[Message], config: RunConfig, what:
 
     Raises: RoundFailed if fewer than `min_devices` did.
     """
-    wave = send(grid, messages, timeout_s=config.timeout_s)
-    if len(wave.contents) < config.min_devices:
+    wave = Wave(grid, messages, timeout_s=config.timeout_s, name=what)
+    contents = dict(sorted(wave))
+    if len(contents) < config.min_devices:
         raise RoundFailed(
-            f"{what}: got {len(wave.contents)} answers of {len(messages)} devices, expected at least "
+            f"{what}: got {len(contents)} answers of {len(messages)} devices, expected at least "
             f"{config.min_devices} ({wave.reasons()}); the device's own log says why"
         )
-    if wave.failures or wave.silent:
-        log.warning("%s goes on without some devices: %s", what, wave.reasons())
-    return wave.contents
+    return contents

@@ -38,7 +38,7 @@ from fedinfer.sums.messages import (
     sum_to_record,
     void_in,
 )
-from fedinfer.sums.waves import Wave, send, size_of
+from fedinfer.sums.waves import Wave, size_of
 
 log = logging.getLogger("fedinfer.server")
 # Set-ups in a row in which somebody keeps silent.
@@ -106,7 +106,8 @@ class SecureSums:
         self._grid, self._run, self._pki, self._policy = grid, run, pki, policy
         self._min_devices, self._min_honest, self._timeout_s = min_devices, min_honest, timeout_s
         self._session: _Session | None = None
-        self._bytes_up = self._bytes_down = self._waves = 0
+        self._waves: list[Wave] = []
+        self._bytes_down = 0
 
     def total(self, task: SumTask) -> SecureSum:
         """The sum over all members who answer in time.
@@ -114,7 +115,7 @@ class SecureSums:
         A sum that fails is tried again after a new set-up, if the task says so; devices charge each try.
         Raises: RoundFailed if too few devices set up or answer.
         """
-        self._bytes_up = self._bytes_down = self._waves = 0
+        self._waves, self._bytes_down = [], 0
         for left in reversed(range(task.tries)):
             session = self._ready()
             try:
@@ -193,7 +194,7 @@ class SecureSums:
             for member, node in nodes.items()
         }
         wave, void = self._wave(messages, task.group), False
-        for node, content in wave.contents.items():
+        for node, content in wave:
             with _refusing(node):
                 void |= self._masked(session, node, content)
         # --- sign
@@ -218,9 +219,9 @@ class SecureSums:
             survivors=len(lists),
             members=len(nodes),
             void=void,
-            bytes_up=self._bytes_up,
+            bytes_up=sum(wave.bytes_up for wave in self._waves),
             bytes_down=self._bytes_down,
-            waves=self._waves,
+            waves=len(self._waves),
         )
 
     def _masked(self, session: _Session, node: int, content: RecordDict) -> bool:
@@ -249,17 +250,14 @@ class SecureSums:
 
     def _wave(self, messages: Mapping[int, tuple[str, RecordDict]], group: str) -> Wave:
         sent = [Message(content, node, action, group_id=group) for node, (action, content) in messages.items()]
-        wave = send(self._grid, sent, timeout_s=self._timeout_s)
-        self._waves += 1
         self._bytes_down += sum(size_of(content) for _, content in messages.values())
-        self._bytes_up += sum(size_of(content) for content in wave.contents.values())
-        if wave.failures or wave.silent:
-            log.warning("wave %r: going on without some (%s)", group, wave.reasons())
+        wave = Wave(self._grid, sent, timeout_s=self._timeout_s, name=group)
+        self._waves.append(wave)
         return wave
 
     def _read(self, wave: Wave, name: str, kind: type[M]) -> Iterator[tuple[int, M]]:
         """The messages of one name in the answers, without those that are none."""
-        for node, content in wave.contents.items():
+        for node, content in wave:
             with _refusing(node):
                 yield node, sum_from_content(content).read(name, kind)
 

@@ -28,8 +28,8 @@ Train = Callable[[ArrayRecord], ArrayRecord]
 class Wiretap(InProcessGrid):
     """Keeps all that devices send."""
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        replies = list(super().send_and_receive(messages, timeout=timeout))
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
         self.seen = [*getattr(self, "seen", []), *(reply.content for reply in replies)]
         return replies
 

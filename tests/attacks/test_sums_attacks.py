@@ -39,7 +39,7 @@ from server.rounds import RoundState, first_state, rounds
 from tests.server.federation import LossyGrid, charged, hospitals, nothing_lost, on
 
 # Of six, five must set up; one may work with the server and one may drop out.
-CONFIG = RunConfig(rounds=1, min_devices=6, dropout=0.2, spare_steps=4, epsilon=4.0)
+CONFIG = RunConfig(rounds=1, min_devices=6, dropout=0.2, spare_steps=4, epsilon=4.0, timeout_s=0.1)
 Tamper = Callable[[dict[int, RecordDict]], None]
 
 

@@ -21,7 +21,25 @@ from fedinfer.sums.membership import opened
 Lose = Callable[[str, int], bool]
 
 
-class LossyGrid(InProcessGrid):
+class Network(InProcessGrid):
+    """The in-process grid, whose subclasses say in `send_and_receive` what becomes of messages and answers."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        names = {message.metadata.dst_node_id: f"message to {message.metadata.dst_node_id}" for message in asked}
+        self._kept = {names[reply.metadata.src_node_id]: reply for reply in self.send_and_receive(asked)}
+        return list(names.values())
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for name in message_ids:
+            if name in self._kept:
+                reply = self._kept.pop(name)
+                # The answer may be one to a copy.
+                reply.metadata.__dict__["_reply_to_message_id"] = name
+                yield reply
+
+
+class LossyGrid(Network):
     """The in-process grid with a network that loses messages before they arrive, or answers on their way back."""
 
     def __init__(self, nodes: list[Node], *, lose: Lose, lose_answer: Lose = lambda kind, node: False) -> None:

@@ -15,7 +15,7 @@ from server.rounds import RoundState, first_state, rounds
 from tests.server.federation import Lose, LossyGrid, charged, hospitals, nothing_lost, on, restart
 
 # Of five, one may work with the server and one may drop out.
-CONFIG = RunConfig(rounds=2, min_devices=5, dropout=0.2, spare_steps=4, epsilon=4.0)
+CONFIG = RunConfig(rounds=2, min_devices=5, dropout=0.2, spare_steps=4, epsilon=4.0, timeout_s=0.1)
 
 
 def states(grid: LossyGrid, config: RunConfig) -> list[RoundState]:
@@ -92,7 +92,7 @@ def test_one_may_drop_out_at_any_stage_of_a_round_and_comes_back(tmp_path: Path,
 
 
 def test_a_device_that_was_away_takes_part_again(tmp_path: Path) -> None:
-    config, nodes = hospitals(tmp_path, RunConfig(rounds=3, min_devices=5, dropout=0.2, epsilon=4.0))
+    config, nodes = hospitals(tmp_path, RunConfig(rounds=3, min_devices=5, dropout=0.2, epsilon=4.0, timeout_s=0.1))
     seen: Counter[str] = Counter()
 
     def lose(kind: str, node: int) -> bool:
@@ -104,7 +104,7 @@ def test_a_device_that_was_away_takes_part_again(tmp_path: Path) -> None:
 
 
 def test_a_device_that_restarts_in_a_round_drops_out_and_sets_up_again(tmp_path: Path) -> None:
-    config, nodes = hospitals(tmp_path, RunConfig(rounds=3, min_devices=5, dropout=0.2, epsilon=4.0, spare_steps=4))
+    config, nodes = hospitals(tmp_path, replace(CONFIG, rounds=3))
     restarted: list[str] = []
 
     def lose(kind: str, node: int) -> bool:

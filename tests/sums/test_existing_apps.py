@@ -152,8 +152,8 @@ def test_a_device_answers_nothing_but_secure_sums(tmp_path: Path) -> None:
 class Wiretap(InProcessGrid):
     """Keeps what the server was sent."""
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        replies = list(super().send_and_receive(messages, timeout=timeout))
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
         self.seen = [*getattr(self, "seen", []), *(reply.content for reply in replies)]
         return replies
 
