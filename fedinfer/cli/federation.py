@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedinfer.files import replace_file
 from fedinfer.secagg.rehearsal import make_pki
 from fedinfer.settings import RunConfig
 
@@ -16,16 +17,23 @@ Node = dict[str, bool | float | int | str]
 LEAST_MEMBERS = 3
 
 
+def make_members(folder: Path, count: int) -> str:
+    """Identities for `count` devices of this machine, and the PKI file that names them; its digest."""
+    pki, identities = make_pki(count)
+    pki.save(folder / "pki.json")
+    digest = pki.digest.hex()
+    replace_file(folder / "pki.digest", digest.encode() + b"\n")
+    for number, identity in enumerate(identities):
+        identity.save(folder / f"device-{number}.identity")
+    return digest
+
+
 def enlist(config: RunConfig, nodes: Sequence[Node], folder: Path) -> tuple[RunConfig, list[Node]]:
     """The settings and nodes of a run by secure sums, with new identities and their PKI file in `folder`."""
-    pki, identities = make_pki(len(nodes))
-    path = folder / "pki.json"
-    pki.save(path)
-    digest = pki.digest.hex()
+    path, digest = str(folder / "pki.json"), make_members(folder, len(nodes))
     members: list[Node] = []
-    for number, (node, identity) in enumerate(zip(nodes, identities, strict=True)):
-        place = folder / f"device-{number}.identity"
-        identity.save(place)
-        own: Node = {"pki": str(path), "pki-digest": digest, "identity": str(place), "sessions": ":memory:"}
+    for number, node in enumerate(nodes):
+        place = str(folder / f"device-{number}.identity")
+        own: Node = {"pki": path, "pki-digest": digest, "identity": place, "sessions": ":memory:"}
         members.append({**node, **own, "corrupt": config.corrupt, "dropout": config.dropout})
-    return replace(config, pki=str(path), pki_digest=digest), members
+    return replace(config, pki=path, pki_digest=digest), members

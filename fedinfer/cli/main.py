@@ -442,6 +442,20 @@ def pki_add(
     add_member(path, name, key, as_json=json)
 
 
+@pki_app.command("simulate", epilog="Example:  fedinfer pki simulate members/ --count 4")
+def pki_simulate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder to make, for this machine alone.")],
+    count: Annotated[int, typer.Option(help="How many devices are simulated.")] = 4,
+    epsilon: Annotated[float | None, typer.Option(help="Make a ledger with this budget for each, too.")] = None,
+    delta: Annotated[float, typer.Option(help="δ of the ledgers.")] = 1e-5,
+    json: Json = False,
+) -> None:
+    """Identities for devices that Flower simulates on this machine: all of them in one place, so they hide nothing."""
+    from fedinfer.cli.pki import simulate_members
+
+    simulate_members(folder, count=count, epsilon=epsilon, delta=delta, as_json=json)
+
+
 @pki_app.command("show", epilog="Example:  fedinfer pki show federation.pki")
 def pki_show(path: PkiPath, json: Json = False) -> None:
     """Print the members and the digest to pin."""

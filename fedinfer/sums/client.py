@@ -22,7 +22,7 @@ from fedinfer.secagg import SumSpec, Words
 from fedinfer.secagg.codec import to_bytes
 from fedinfer.secagg.round_messages import Inbox
 from fedinfer.sums.charges import check_charge
-from fedinfer.sums.membership import open_membership
+from fedinfer.sums.membership import open_membership, simulated_file
 from fedinfer.sums.messages import SUM, SumMessage, sum_from_content, sum_to_content
 from fedinfer.sums.steps import add_steps, answer
 from fedinfer.sums.updates import Floats, arrays_of, content_digest, floats_in, update_of
@@ -132,7 +132,8 @@ def _plan_in(content: RecordDict) -> tuple[DistributedPlan, int]:
 
 def _ledger(context: Context) -> PrivacyLedger:
     node = context.node_config
-    if not node.get("ledger"):
+    place = node.get("ledger") or simulated_file(node, "ledger")
+    if not place:
         raise BadUsage(
             'node configuration: got no ledger, expected ledger="PATH"; make one with `fedinfer ledger init PATH '
             "--epsilon E --delta D`"
@@ -142,4 +143,4 @@ def _ledger(context: Context) -> PrivacyLedger:
             raise BadUsage(f'node configuration: got {pin}="", expected a value; leave the key out to pin nothing')
     head = HeadFile(Path(str(node["ledger-head"])).absolute()) if "ledger-head" in node else None
     key = str(node["ledger-public-key"]) if "ledger-public-key" in node else None
-    return PrivacyLedger.open(Path(str(node["ledger"])), head=head, public_key=key)
+    return PrivacyLedger.open(Path(str(place)), head=head, public_key=key)

@@ -4,13 +4,14 @@ Each method is one message of the protocol (`fedinfer/secagg`): it takes the pla
 and puts it back. Only public messages go out.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from fedinfer.errors import BadUsage, ProtocolViolation
+from fedinfer.errors import BadInput, BadUsage, ProtocolViolation
 from fedinfer.secagg import Identity, Newcomer, Participant, PkiFile, Policy
 from fedinfer.secagg.codec import from_bytes, to_bytes
 from fedinfer.secagg.round_messages import Endorsement, Offer, Quorum, Reveal, Survivors
@@ -20,6 +21,7 @@ from fedinfer.sums.sessions import FolderSessions, MemorySessions, Sessions
 
 MAX_HELD_BYTES = 1 << 30
 IN_MEMORY = ":memory:"
+SIMULATED_MEMBERS = "FEDINFER_SIMULATED_MEMBERS"
 NO_MEMBER = (
     "device: got no identity for secure sums, expected pki, pki-digest and identity in the node configuration; "
     "`fedinfer pki identity` makes one"
@@ -55,10 +57,12 @@ class MembershipConfig:
 def membership_in(node: Mapping[str, bool | float | int | str]) -> MembershipConfig | None:
     """The part of a Flower node configuration that says who the device is; None if it says nothing of it.
 
-    Its keys: pki, pki-digest, identity and, if not the defaults, sessions (text), corrupt and dropout (shares).
+    Its keys: pki, pki-digest, identity and, if not the defaults, sessions (text), corrupt and dropout (shares). A
+    simulated device has no configuration of its own: it is member `partition-id` of the folder that the environment
+    names (`SIMULATED_MEMBERS`).
     Raises: BadUsage if one of the first three is missing or of another type.
     """
-    given = {key: node[key] for key in ("pki", "pki-digest", "identity") if key in node}
+    given = {key: node[key] for key in ("pki", "pki-digest", "identity") if key in node} or _simulated(node)
     if not given:
         return None
     if len(given) < 3 or not all(isinstance(value, str) and value for value in given.values()):
@@ -76,6 +80,23 @@ def membership_in(node: Mapping[str, bool | float | int | str]) -> MembershipCon
         sessions=str(node.get("sessions", "")),
         policy=policy,
     )
+
+
+def simulated_file(node: Mapping[str, bool | float | int | str], suffix: str) -> Path | None:
+    """A file of a device that is simulated on this machine (`fedinfer pki simulate`); None for any other device."""
+    folder, number = os.environ.get(SIMULATED_MEMBERS), node.get("partition-id")
+    return Path(folder) / f"device-{number}.{suffix}" if folder and number is not None else None
+
+
+def _simulated(node: Mapping[str, bool | float | int | str]) -> dict[str, bool | float | int | str]:
+    identity = simulated_file(node, "identity")
+    if identity is None:
+        return {}
+    try:
+        digest = identity.with_name("pki.digest").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        raise BadInput(f"{identity.parent}: got no pki.digest, expected a folder of `fedinfer pki simulate`") from None
+    return {"pki": str(identity.with_name("pki.json")), "pki-digest": digest, "identity": str(identity)}
 
 
 def _share(node: Mapping[str, bool | float | int | str], key: str, *, default: float) -> float:

@@ -7,6 +7,7 @@ import pytest
 
 from clients.app import app as client_app
 from fedinfer.arrays import flatten
+from fedinfer.cli.federation import make_members
 from fedinfer.cli.methods import write_rows
 from fedinfer.data import heart_rows
 from fedinfer.data.heart import SCHEMA_PATH
@@ -15,6 +16,7 @@ from fedinfer.privacy import PrivacyLedger
 from fedinfer.secagg.rehearsal import make_pki
 from fedinfer.settings import RunConfig
 from fedinfer.simulation import run_in_process
+from fedinfer.sums.membership import SIMULATED_MEMBERS
 from server.app import app as server_app
 from tests.deployment.engines import RunFailed, run_simulation, superlink
 
@@ -98,9 +100,13 @@ def test_secure_sums_on_a_superlink(tmp_path: Path, crash: bool) -> None:
         assert (charged.reserved, charged.committed, charged.void) == (count, count, True)
 
 
-def test_flowers_simulation_runs_the_same_app(tmp_path: Path) -> None:
+def test_flowers_simulation_runs_the_same_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model.safetensors"
-    run_simulation(ROOT, num_nodes=4, run_config={"rounds": ROUNDS, "min-devices": 4, "out": str(out)}, timeout_s=180)
+    digest = make_members(tmp_path, 4)
+    monkeypatch.setenv(SIMULATED_MEMBERS, str(tmp_path))
+    settings = {"rounds": ROUNDS, "min-devices": 4, "out": str(out), "pki": str(tmp_path / "pki.json")}
+    run_simulation(ROOT, num_nodes=4, run_config=settings | {"pki-digest": digest}, timeout_s=180)
     card = load(out).privacy
     assert card["rounds"] == ROUNDS
+    assert card["plan"]["min_honest"] == 3
     assert 1.9999 <= card["epsilon"] <= 2.0
