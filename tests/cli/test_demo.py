@@ -43,6 +43,7 @@ def test_the_demo_shows_all_three_walks(tmp_path: Path, run: Run) -> None:
     assert "enrols the patients anew" in (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_ctrl_c_in_the_evaluation_leaves_the_training_done(tmp_path: Path, run: Run) -> None:
     out = tmp_path / "demo"
     args = ["demo", "--fast", "--rounds", 8, "--out", out]

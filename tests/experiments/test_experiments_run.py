@@ -19,6 +19,7 @@ def test_choose_settings_places_the_defaults(tmp_path: Path, capsys: pytest.Capt
     assert "<- the defaults" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_heart_baselines_pair_split_by_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(2)
     heart_baselines.main(["--quick", "--json", str(tmp_path / "table.json")])
