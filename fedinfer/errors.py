@@ -19,7 +19,7 @@
     ├── EncryptedError            a ciphertext, key set or circuit that does not fit
     │   └── CompileError          a network that no circuit computes, with the layer at fault
     ├── RemoteError               the other side answered with an error, or not at all
-    └── RoundFailed               too few devices answered
+    └── RoundFailed               a round came to nothing: too few devices answered, or their sum is of no use
 
 A message names what was got, what was expected and what to do. It never holds a secret, a feature or a decrypted value.
 """
@@ -109,4 +109,4 @@ class RemoteError(FedinferError):
 
 
 class RoundFailed(FedinferError):
-    """Too few devices answered in a round."""
+    """A round came to nothing: too few devices answered, or their sum is of no use."""

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedinfer.arrays import Vector, flatten
 from fedinfer.combiners import Combiner
-from fedinfer.errors import ProtocolViolation, RoundFailed, ShapeMismatch
+from fedinfer.errors import RoundFailed, ShapeMismatch
 from fedinfer.flower import STEP, reply_from_content, task_to_content
 from fedinfer.models import build
 from fedinfer.privacy import DistributedPlan
@@ -167,10 +167,7 @@ def _together(sums: SecureSums, task: StepTask) -> _Step:
             tries=SUM_TRIES,
         )
     )
-    try:
-        plan.check_total(found.total, survivors=found.survivors)
-    except ProtocolViolation as error:
-        raise RoundFailed(f"round {task.round}: {error}") from None
+    plan.check_total(found.total, survivors=found.survivors)
     return _Step(
         mean=plan.decode(found.total, rotation=task.rotation),
         devices=found.survivors,

@@ -32,7 +32,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedinfer.errors import BadUsage, ProtocolViolation, ShapeMismatch
+from fedinfer.errors import BadUsage, RoundFailed, ShapeMismatch
 from fedinfer.privacy.accounting import (
     LEAST_NOISE,
     MOST_NOISE,
@@ -333,7 +333,7 @@ class DistributedPlan:
         return (found / (self.scale * self.divisor)).astype(np.float32)
 
     def check_total(self, total: NDArray[np.unsignedinteger[Any]], *, survivors: int) -> None:
-        """Raises: ProtocolViolation if the norm of `total` is more than `survivors` honest vectors can add up to.
+        """Raises: RoundFailed if the norm of `total` is more than `survivors` honest vectors can add up to.
 
         They add `most_norm` each, and roundings and noise that are sub-Gaussian in each coordinate: with v for their
         variance proxy, x for ln 1e9 and d for the coordinates, the norm of these is at most the root of
@@ -347,7 +347,7 @@ class DistributedPlan:
         most = survivors * self._grid.most_norm * self._grid.cells + spread
         norm = float(np.linalg.norm(self._centred(total)))
         if norm > most:
-            raise ProtocolViolation(
+            raise RoundFailed(
                 f"sum: got a norm of {norm / self.scale:.4g}, expected at most {most / self.scale:.4g} from "
                 f"{survivors} honest devices; the round is of no use"
             )

@@ -127,7 +127,7 @@ class FeatureHistograms:
 
     def epsilon(self) -> float:
         """ε at `delta` of all releases."""
-        coordinates = 2 * self.features * self.steps
+        coordinates = self.features * self.steps
         return fine_epsilon(mu=self._mu(), sigma=self.sigma * CELLS, delta=self.delta, coordinates=coordinates)
 
     def rdp(self, order: float) -> float:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from fedinfer.errors import ProtocolViolation
+from fedinfer.errors import RoundFailed
 from fedinfer.privacy import DistributedPlan, Poisson, insecure_seeded_noise
 from fedinfer.privacy.rounding import likely_within, round_up_or_down, round_within
 from tests.privacy.exact_sums import exact_epsilon, neighbours, worst_epsilon
@@ -111,5 +111,5 @@ def test_a_vector_that_is_not_what_was_agreed_is_found_by_its_norm() -> None:
     plan.check_total(total, survivors=3)
     # Asked of `encode`, no length is too long; past it, a lie of the whole range is.
     for hostile in (rng.integers(0, 2**20, plan.padded, dtype=np.uint32), np.full(plan.padded, 2**19, np.uint32)):
-        with pytest.raises(ProtocolViolation):
+        with pytest.raises(RoundFailed):
             plan.check_total((total + hostile) & np.uint32(2**20 - 1), survivors=4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from fedinfer.errors import BadUsage, BudgetExceeded, ProtocolViolation, ShapeMismatch
+from fedinfer.errors import BadUsage, BudgetExceeded, RoundFailed, ShapeMismatch
 from fedinfer.privacy import DistributedPlan, Poisson, PrivacyPlan, insecure_seeded_noise
 from fedinfer.privacy.accounting import epsilon_of, gaussian_epsilon, poisson_rdp, rdp_epsilon
 from fedinfer.privacy.filters import Charge, choose_filter
@@ -240,15 +240,15 @@ def test_the_check_passes_the_longest_honest_sum_and_stops_garbage(plan: Distrib
     same = [np.ones(plan.dimension)] * plan.clients
     total = total_of(plan, [v * 1e6 for v in same])
     plan.check_total(total, survivors=plan.clients)
-    with pytest.raises(ProtocolViolation, match=r"got a norm of .*, expected at most .* from 1 honest devices"):
+    with pytest.raises(RoundFailed, match=r"got a norm of .*, expected at most .* from 1 honest devices"):
         plan.check_total(total, survivors=1)
     garbage = np.random.default_rng(0).integers(0, 2**plan.bits, plan.padded, dtype=np.uint32)
-    with pytest.raises(ProtocolViolation, match="of no use"):
+    with pytest.raises(RoundFailed, match="of no use"):
         plan.check_total(garbage, survivors=plan.clients)
     # What one device can put in place of its vector at most, if it is not honest.
     lone = np.zeros(plan.padded, np.uint32)
     lone[:] = 2 ** (plan.bits - 1) - 1
-    with pytest.raises(ProtocolViolation):
+    with pytest.raises(RoundFailed):
         plan.check_total(total + lone, survivors=plan.clients)
     for shape in (plan.padded + 1, (plan.padded, 1)):
         with pytest.raises(ShapeMismatch):
