@@ -41,6 +41,23 @@ def stop_between_steps() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
+def before_rounds(check: Callable[[], None]) -> Callable[[str], None]:
+    """Call `check` before the first wave of messages of each round; the value is to be told each wave's group id.
+
+    A round of secure sums is several waves, of which the first is named by the round and charges the ledgers: stopped
+    before the others, it would be charged a second time. So would a sum that fails and is asked for again.
+    """
+    begun = ""
+
+    def before(group: str) -> None:
+        nonlocal begun
+        if group.isdigit() and group != begun:
+            check()
+            begun = group
+
+    return before
+
+
 def way_on(config: RunConfig, command: str) -> str:
     """What an interrupted run left on the disk, and that `command` goes on from there."""
     try:

@@ -17,7 +17,7 @@ from fedinfer.cli.federation import LEAST_MEMBERS, Node, enlist
 from fedinfer.cli.files import client_files, say_clamped
 from fedinfer.cli.main import check_rounds
 from fedinfer.cli.parts import part
-from fedinfer.cli.stopping import stop_between_steps, way_on
+from fedinfer.cli.stopping import before_rounds, stop_between_steps, way_on
 from fedinfer.data import Schema, Table, read_table
 from fedinfer.errors import BadInput, BadUsage, CheckpointError, ModelFileError
 from fedinfer.models import load
@@ -176,7 +176,7 @@ def run_rounds(
         run_config=config.to_flat(),
         # A secure sum has other waves besides the one that is named by its round.
         progress=lambda group, _node: display.advance(task) if group.isdigit() else None,
-        between=between,
+        before=before_rounds(between),
     )
 
 

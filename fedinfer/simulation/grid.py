@@ -21,15 +21,15 @@ from fedinfer.simulation.waves import Waves
 
 Config = Mapping[str, bool | float | int | str]
 Progress = Callable[[str, int], None]
-Between = Callable[[], None]
+Before = Callable[[str], None]
 
 
 class SimulatedGrid(Grid):
     """`nodes` nodes, run by an `engine` when messages are pushed to them; node i is configured by `configure(i)`.
 
-    `progress(group_id, node_id)` is called after each answer; in a training run the group id is the round. `between`
-    is called before messages are delivered, and may raise to stop a run where no message is half done. `waves` is told
-    of each wave of messages and its answers.
+    `progress(group_id, node_id)` is called after each answer; in a training run the group id is the round.
+    `before(group_id)` is called before a wave of messages is delivered, and may raise to stop a run where no message is
+    half done; a round may take several waves. `waves` is told of each wave of messages and its answers.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class SimulatedGrid(Grid):
         configure: Callable[[int], Config],
         run_config: Config,
         progress: Progress | None = None,
-        between: Between | None = None,
+        before: Before | None = None,
         waves: Waves | None = None,
     ) -> None:
         self._engine = engine
         self._configure = configure
         self._run_config = dict(run_config)
         self._progress = progress
-        self._between = between
+        self._before = before
         self._waves = waves or Waves()
         self._run = Run.create_empty(run_id=uuid.uuid4().int >> 65)
         self._replies: dict[str, Message] = {}
@@ -112,8 +112,6 @@ class SimulatedGrid(Grid):
         This is not part of Flower's API: it is what a secure sum would hand to a server.
         Raises: ValueError if a node is not there.
         """
-        if self._between is not None:
-            self._between()
         started = time.monotonic()
         tasks = [Task(content, message_type, self._context(node_id)) for node_id in node_ids]
         total = self._engine.total(tasks)
@@ -133,10 +131,10 @@ class SimulatedGrid(Grid):
             self._context(node_id).state = state
 
     def _tasks(self, messages: Iterable[Message]) -> list[Task]:
-        if self._between is not None:
-            self._between()
-        tasks = []
+        tasks: list[Task] = []
         for message in messages:
+            if self._before is not None and not tasks:
+                self._before(message.metadata.group_id)
             if not message.has_content():
                 raise ValueError("message: got one without content, expected an instruction")
             context = self._context(message.metadata.dst_node_id)
@@ -178,7 +176,7 @@ class InProcessGrid(SimulatedGrid):
         nodes: Sequence[Config],
         run_config: Config,
         progress: Progress | None = None,
-        between: Between | None = None,
+        before: Before | None = None,
     ) -> None:
         super().__init__(
             OneByOne(client_app),
@@ -186,7 +184,7 @@ class InProcessGrid(SimulatedGrid):
             configure=nodes.__getitem__,
             run_config=run_config,
             progress=progress,
-            between=between,
+            before=before,
         )
 
 
@@ -197,13 +195,13 @@ def run_in_process(
     nodes: Sequence[Config],
     run_config: Config,
     progress: Progress | None = None,
-    between: Between | None = None,
+    before: Before | None = None,
 ) -> Context:
     """Run `server_app` against one node of `client_app` for each configuration in `nodes`.
 
     Returns the ServerApp's Context after its main function: what main stored is in `context.state`.
     """
-    return run_on(server_app, InProcessGrid(client_app, nodes, run_config, progress, between), run_config)
+    return run_on(server_app, InProcessGrid(client_app, nodes, run_config, progress, before), run_config)
 
 
 def run_on(

@@ -136,8 +136,6 @@ class PopulatedGrid(SimulatedGrid):
 
     def sum_of_updates(self, content: RecordDict, node_ids: Iterable[int], *, message_type: str = "train") -> CohortSum:
         """The sum of the updates that came while the server waited; who was late is in neither sum nor errors."""
-        if self._between is not None:
-            self._between()
         started = time.monotonic()
         tasks = [Task(content, message_type, self._context(node_id)) for node_id in node_ids]
         fates = self._send(tasks)

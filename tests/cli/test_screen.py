@@ -2,20 +2,24 @@
 
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 from fedinfer.cli.console import show_table
 from fedinfer.cli.stopping import stop_between_steps, way_on
 from fedinfer.models import load
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.settings import RunConfig
+from fedinfer.simulation.grid import SimulatedGrid
 from server.checkpoint import save_checkpoint
 from server.rounds import first_state
 from tests.cli.conftest import Run, checkpoint_of, interrupt
@@ -64,6 +68,37 @@ def test_ctrl_c_ends_the_round_and_the_run_goes_on_from_there(hospitals: Path, r
         assert (charged.reserved, charged.committed, charged.repeated) == (int(whole), int(whole), 0)
     assert run(*args, "--resume").code == 0
     assert load(out).privacy["rounds"] == 200
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    # The set-up of secure sums is three waves, and so is each of their rounds.
+    [("--secure-sum", [0] * 3 + [0] + [1] * 3 + [2] * 3), ("--no-secure-sum", [0, 1, 2])],
+)
+def test_no_release_is_lost_to_ctrl_c_at_any_wave(
+    how: str, expected: list[int], hospitals: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deliver, waves_left = SimulatedGrid.push_messages, 0
+
+    def press(grid: SimulatedGrid, messages: Iterable[Message]) -> Iterable[str]:
+        nonlocal waves_left
+        waves_left -= 1
+        if waves_left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return deliver(grid, messages)
+
+    monkeypatch.setattr(SimulatedGrid, "push_messages", press)
+    for wave, done in enumerate(expected, start=1):
+        waves_left = wave
+        folder = hospitals.parent / str(wave)
+        shutil.copytree(hospitals, folder)
+        out, schema = folder / "model.safetensors", hospitals.parent / "schema.toml"
+        assert run("train", folder, "--schema", schema, "--out", out, "--rounds", 3, how).code == 130
+        assert checkpoint_of(out.with_name(out.name + ".checkpoint"))[1] == done
+        for path in folder.glob("*.ledger"):
+            with PrivacyLedger.open(path) as ledger:
+                charged = [(it.reserved, it.committed, it.repeated) for it in ledger.summary().runs]
+            assert charged == [(done, done, 0)] * (done > 0)
 
 
 def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
