@@ -11,7 +11,7 @@ Floating point decides only what it can decide for certain. The value that U is 
 absolute error below 2^-46: the exponent has a relative error of at most 5 · 2^-53, z exp(-z) < 0.4, and the remaining
 operations, `numpy.exp` among them, err by a few units in the last place. So the comparison is right unless the two
 numbers are within MARGIN = 2^-40 of each other, which leaves room for an `exp` that is wrong by thousands of units.
-The few proposals within it, and those of the tail, are decided in integers with as many more bits of U as it takes.
+The few proposals within it are decided in integers with as many more bits of U as it takes.
 
 Reference: Canonne, Kamath and Steinke 2020, arXiv:2004.00010, for the laws and their privacy; von Neumann 1951 for
 comparing a uniform number digit by digit; Marsaglia and Tsang 2000, doi:10.18637/jss.v005.i08, for the steps.
@@ -37,7 +37,11 @@ MARGIN = 2.0**-40
 ENTRIES = 2**16
 # A proposal is two words: entry (16 bits), sign (1), place in the block (47); and the first 64 bits of U.
 PROPOSAL_BYTES = 16
-BATCH = 2**14
+BATCH = 2**13
+# From so many numbers on a compiled loop decides what is certain; it draws the same numbers.
+COMPILED_FROM = 2**12
+# Larger factors of exp(-exponent), of which one in 2^450 proposals of the tail has one, are no floats.
+MOST_FLOAT_ODDS = 2**512
 SMALLEST_VARIANCE, LARGEST_VARIANCE = Fraction(1, 10**6), 2**90
 SMALLEST_SCALE, LARGEST_SCALE = Fraction(1, 10**6), 2**45
 
@@ -98,14 +102,18 @@ def uniform_below(stream: Bits, *, limit: int, count: int) -> Integers:
 
 @dataclass(frozen=True, kw_only=True)
 class _Steps:
-    """The steps above one law: `blocks` [entry] is a block; the arrays by block end with the tail."""
+    """The steps above one law: `blocks` [entry] is a block; the arrays by block end with the tail.
+
+    A proposal of a block is kept if U < `heights` [block] · exp(-exponent), and surely if U · 2^64 < `surely` [block].
+    """
 
     rate: Fraction
     power: int
     shift: int
     scale: int
-    blocks: NDArray[np.int64]
+    blocks: NDArray[np.uint16]
     weights: NDArray[np.int64]
+    heights: NDArray[np.float64]
     surely: NDArray[np.uint64]
     tail_start: int
     tail_shift: int
@@ -123,7 +131,7 @@ def _steps(rate: Fraction, power: int) -> _Steps:
     while exponent(16 << (shift + 1)) <= 1:
         shift += 1
     count = 1
-    while exponent(count << shift) < 9:
+    while exponent(count << shift) < 12:
         count += 1
     start = count << shift
     # The exponent is convex: each superblock adds at least 1 to it, and e > 2 pays for its half probability.
@@ -144,8 +152,9 @@ def _steps(rate: Fraction, power: int) -> _Steps:
         power=power,
         shift=shift,
         scale=scale,
-        blocks=np.repeat(np.arange(count + 1), weights),
+        blocks=np.repeat(np.arange(count + 1, dtype=np.uint16), weights),
         weights=weights,
+        heights=scale / weights,
         surely=np.array([*surely, 0], np.uint64),
         tail_start=start,
         tail_shift=tail_shift,
@@ -155,18 +164,49 @@ def _steps(rate: Fraction, power: int) -> _Steps:
 def _draw(steps: _Steps, stream: Bits, count: int) -> Integers:
     out = np.empty(count, np.int64)
     filled = 0
+    fill = _fill if count < COMPILED_FROM else _fill_compiled
     with stream.alone():
         while filled < count:
             place = stream.position
             proposals = min(BATCH, (count - filled) * 9 // 8 + 8)
             words = stream.take(PROPOSAL_BYTES * proposals)
-            x, kept = _decide(steps, np.frombuffer(words, "<u8").reshape(proposals, 2), stream, place)
-            chosen = np.flatnonzero(kept)[: count - filled]
-            out[filled : filled + len(chosen)] = x[chosen]
-            filled += len(chosen)
-            if filled == count and count:
-                stream.put_back(words[PROPOSAL_BYTES * (int(chosen[-1]) + 1) :])
+            read, wrote = fill(steps, np.frombuffer(words, "<u8").reshape(proposals, 2), out[filled:], stream, place)
+            filled += wrote
+            if read < proposals:
+                stream.put_back(words[PROPOSAL_BYTES * read :])
     return out
+
+
+def _fill(steps: _Steps, words: NDArray[np.uint64], out: Integers, stream: Bits, place: int) -> tuple[int, int]:
+    """Write what is kept of the proposals `words` (n, 2) to `out` until it is full; how many were read and written."""
+    x, kept = _decide(steps, words, stream, place)
+    chosen = np.flatnonzero(kept)[: len(out)]
+    out[: len(chosen)] = x[chosen]
+    return int(chosen[-1]) + 1 if len(chosen) == len(out) else len(words), len(chosen)
+
+
+def _fill_compiled(
+    steps: _Steps, words: NDArray[np.uint64], out: Integers, stream: Bits, place: int
+) -> tuple[int, int]:
+    """What `_fill` does, proposal by proposal: those that are not certain are decided by `_decide`."""
+    from fedinfer.privacy.discrete_kernel import fill
+
+    law = (steps.blocks, steps.surely, steps.heights, float(steps.rate), steps.power, steps.shift, MARGIN)
+    read = wrote = 0
+    while True:
+        more_read, more_wrote = fill(words[read:], out[wrote:], *law)
+        read, wrote = read + more_read, wrote + more_wrote
+        if read == len(words) or wrote == len(out):
+            return read, wrote
+        first, level = (int(word) for word in words[read])
+        block = int(steps.blocks[first & (ENTRIES - 1)])
+        x = (block << steps.shift) + ((first >> 17) & ((1 << steps.shift) - 1))
+        x ^= -((first >> 16) & 1)
+        x, kept = _decide_one(steps, x, block, level, stream, place + PROPOSAL_BYTES * read)
+        if kept:
+            out[wrote] = x
+            wrote += 1
+        read += 1
 
 
 def _decide(
@@ -175,25 +215,34 @@ def _decide(
     """What each proposal proposes, and whether it is kept."""
     first = words[:, 0].astype(np.int64)
     level = np.ascontiguousarray(words[:, 1])
-    block = steps.blocks[first & (ENTRIES - 1)]
+    block = steps.blocks[first & (ENTRIES - 1)].astype(np.int64)
     x = (block << steps.shift) + ((first >> 17) & ((1 << steps.shift) - 1))
     # A set sign bit gives -1 - x: zero is proposed once, and what is proposed is never nearer to zero than x.
     x ^= -((first >> 16) & 1)
     kept = level < steps.surely[block]
     open_ = np.flatnonzero(~kept)
     exponent = float(steps.rate) * np.abs(x[open_].astype(np.float64)) ** steps.power
-    weight = steps.weights[block[open_]]
-    gap = steps.scale / weight * np.exp(-exponent) - level[open_] * 2.0**-64
+    gap = steps.heights[block[open_]] * np.exp(-exponent) - level[open_] * 2.0**-64
     kept[open_] = gap > 0.0
     in_tail = block[open_] == len(steps.weights) - 1
     for index in open_[in_tail | (np.abs(gap) <= MARGIN)]:
         here = place + PROPOSAL_BYTES * int(index)
-        if block[index] == len(steps.weights) - 1:
-            x[index], odds = _tail(steps, stream, here, negative=bool(x[index] < 0))
-        else:
-            odds = Fraction(steps.scale, int(steps.weights[block[index]]))
-        kept[index] = _below(int(level[index]), stream, here, odds, steps.exponent(int(x[index])))
+        x[index], kept[index] = _decide_one(steps, int(x[index]), int(block[index]), int(level[index]), stream, here)
     return x, kept
+
+
+def _decide_one(steps: _Steps, x: int, block: int, level: int, stream: Bits, place: int) -> tuple[int, bool]:
+    """What one proposal proposes, and whether it is kept: those of the tail, and those that floats cannot decide."""
+    if block < len(steps.weights) - 1:
+        odds = Fraction(steps.scale, int(steps.weights[block]))
+    else:
+        x, odds = _tail(steps, stream, place, negative=x < 0)
+        if odds < MOST_FLOAT_ODDS:
+            # Here exponent · odds · exp(-exponent) is at most 12: floats err as little as nearer to zero.
+            gap = float(odds) * math.exp(-float(steps.rate) * abs(float(x)) ** steps.power) - level * 2.0**-64
+            if abs(gap) > MARGIN:
+                return x, gap > 0.0
+    return x, _below(level, stream, place, odds, steps.exponent(x))
 
 
 # Where the parts of a proposal's extra bits begin, in bytes: the place in a superblock, its number, more bits of U.

@@ -48,8 +48,9 @@ class NoiseStream:
     """
 
     def __init__(self, key: bytes, *, void: bool) -> None:
-        self._algorithm = algorithms.AES256(key)
-        self._cipher = Cipher(self._algorithm, modes.CTR(bytes(16))).encryptor()
+        algorithm = algorithms.AES256(key)
+        self._cipher = Cipher(algorithm, modes.CTR(bytes(16))).encryptor()
+        self._blocks = Cipher(algorithm, modes.ECB()).encryptor()
         self._unread = b""
         self._position = 0
         self._lock = threading.RLock()
@@ -91,8 +92,9 @@ class NoiseStream:
         They are the blocks of the cipher from 2^127 + place · 2^32 on, where `take` does not come.
         """
         with self.alone():
-            start = (2**127 + (place << 32)).to_bytes(16, "big")
-            return Cipher(self._algorithm, modes.CTR(start)).encryptor().update(bytes(size_bytes))
+            start = 2**127 + (place << 32)
+            counters = b"".join((start + i).to_bytes(16, "big") for i in range(-(-size_bytes // 16)))
+            return self._blocks.update(counters)[:size_bytes]
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -246,10 +246,16 @@ class PrivacyPlan:
         if self.min_honest > 1:
             raise BadUsage(f"release: got a plan for {self.min_honest} honest devices, whose noise needs a secure sum")
         cell = self.noise_multiplier * self.clip_norm / GRID_SIGMA
-        finite = np.nan_to_num(clipped_sum.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        cells = np.rint(np.clip(finite, -GRID_LIMIT * cell, GRID_LIMIT * cell) / cell).astype(np.int64)
-        noise = discrete_gaussian(stream, variance=GRID_SIGMA**2, count=len(cells))
-        return ((cells + noise).astype(np.float64) * (cell / self.divisor)).astype(np.float32)
+        with np.errstate(over="ignore"):
+            scaled = clipped_sum.astype(np.float64) / cell
+        if not max(scaled.max(initial=0.0), -scaled.min(initial=0.0)) <= GRID_LIMIT:
+            # Infinities and what is not a number are not within it either.
+            scaled = np.where(np.isfinite(clipped_sum), scaled.clip(-GRID_LIMIT, GRID_LIMIT), 0.0)
+        np.rint(scaled, out=scaled)
+        cells = scaled.astype(np.int64)
+        cells += discrete_gaussian(stream, variance=GRID_SIGMA**2, count=len(cells))
+        np.multiply(cells, cell / self.divisor, out=scaled)
+        return scaled.astype(np.float32)
 
     def _leak(self) -> float:
         participations = self.sampler.participations(self.steps)

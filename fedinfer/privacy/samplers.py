@@ -5,7 +5,7 @@ only devices or rows whose number everybody may know can be sampled so).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -43,6 +43,16 @@ class Poisson:
 
     def choose(self, units: int, step: int, stream: NoiseStream) -> Indices:
         return np.flatnonzero(stream.uniform(units) < self.rate)
+
+    def choose_each(self, units: Sequence[int], stream: NoiseStream) -> list[Indices]:
+        """What `choose` gives for one device after another, with `units` of their own."""
+        ends = np.cumsum(units, dtype=np.int64)
+        chosen = np.flatnonzero(stream.uniform(int(ends[-1])) < self.rate)
+        cuts = [0, *np.searchsorted(chosen, ends).tolist()]
+        return [
+            chosen[cut:next_cut] - (end - own)
+            for cut, next_cut, end, own in zip(cuts[:-1], cuts[1:], ends.tolist(), units, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

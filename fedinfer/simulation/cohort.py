@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedinfer.algorithms import Named, Pull, first_memory, personal_pull, shared_pull
 from fedinfer.local_task import Indices, LocalTask, all_in_double, clip_updates, cut
-from fedinfer.privacy import NoiseStream, PrivacyPlan
+from fedinfer.privacy import NoiseStream, Poisson, PrivacyPlan
 from fedinfer.simulation.stacked import Stack, State
 
 # Numbers, of 8 bytes each and a few times over.
@@ -148,8 +148,8 @@ def _private(
     streams = _streams(members)
     batches: list[list[Indices]] = [[] for _ in members]
     for number in range(1, task.releases + 1):
-        for own, member, stream in zip(batches, members, streams, strict=True):
-            own.append(plan.sample(len(member.x), stream, step=member.turn.done + number))
+        for own, chosen in zip(batches, _sampled(plan, members, streams, number), strict=True):
+            own.append(chosen)
         index, present = _gathered([own[-1] for own in batches], starts, x.device)
         sums = stack.clipped(weights, x[index], y[index], present, plan.clip_norm)
         totals = torch.cat([gradient.flatten(1) for gradient in sums], dim=1).cpu().numpy()
@@ -166,6 +166,18 @@ def _streams(members: Sequence[Member]) -> list[NoiseStream]:
     if all(member.turn.seed is None for member in members):
         return [members[0].turn.stream()] * len(members)
     return [member.turn.stream() for member in members]
+
+
+def _sampled(
+    plan: PrivacyPlan, members: Sequence[Member], streams: Sequence[NoiseStream], number: int
+) -> Sequence[Indices]:
+    """The rows of each member in its next step but `number` - 1."""
+    if isinstance(plan.sampler, Poisson) and streams[0] is streams[-1]:
+        return plan.sampler.choose_each([len(member.x) for member in members], streams[0])
+    return [
+        plan.sample(len(member.x), stream, step=member.turn.done + number)
+        for member, stream in zip(members, streams, strict=True)
+    ]
 
 
 def _released(plan: PrivacyPlan, totals: NDArray[np.float64], streams: Sequence[NoiseStream]) -> NDArray[np.float32]:
@@ -226,12 +238,12 @@ def _joined(members: Sequence[Member]) -> tuple[Tensor, Tensor, list[int]]:
 
 def _gathered(batches: Sequence[Indices], starts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row numbers (C * B,) of ragged batches, and which of (C, B) are there; a gap is filled with the batch's first."""
-    width = max(1, max(len(batch) for batch in batches))
-    index = np.zeros((len(batches), width), np.int64)
-    present = np.zeros((len(batches), width), np.bool_)
-    for client, (batch, start) in enumerate(zip(batches, starts, strict=False)):
-        if len(batch):
-            index[client] = start + batch[0]
-            index[client, : len(batch)] = start + batch
-            present[client, : len(batch)] = True
+    sizes = np.array([len(batch) for batch in batches])
+    ends = np.cumsum(sizes)
+    rows = np.concatenate(batches) + np.repeat(np.array(starts[: len(batches)], np.int64), sizes)
+    present = np.arange(max(1, sizes.max())) < sizes[:, None]
+    # A client without rows has the first row of all in its gaps.
+    first = np.append(rows, 0)[np.where(sizes > 0, ends - sizes, len(rows))]
+    index = np.repeat(first[:, None], present.shape[1], axis=1)
+    index[present] = rows
     return torch.from_numpy(index.reshape(-1)).to(device), torch.from_numpy(present).to(device)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -293,16 +294,20 @@ class Vectorised:
             else [[client for client in clients if client.state is state] for state in fixed.values()]
         )
         for group in groups:
-            start = 0
-            while start < len(group):
+            ends = [0]
+            while ends[-1] < len(group):
                 size = 1
-                while start + size < len(group) and size < MOST_CLIENTS:
+                while ends[-1] + size < len(group) and size < MOST_CLIENTS:
                     # The last of a run has the most rows, because they are sorted.
-                    if (size + 1) * self._client_bytes(group[start + size]) > CHUNK_BYTES:
+                    if (size + 1) * self._client_bytes(group[ends[-1] + size]) > CHUNK_BYTES:
                         break
                     size += 1
-                yield group[start : start + size]
-                start += size
+                ends.append(ends[-1] + size)
+            if self._client_bytes(group[0]) == self._client_bytes(group[-1]):
+                # All are as long: the last chunk would be a small one, and some worker would wait for the others.
+                chunks = len(ends) - 1
+                ends = [len(group) * number // chunks for number in range(chunks + 1)]
+            yield from (group[start:end] for start, end in pairwise(ends))
 
     def _client_bytes(self, client: Ready) -> int:
         rows = max(1, min(self._task.batch_size or len(client.x), len(client.x)))

@@ -138,6 +138,35 @@ def test_the_slow_path_decides_as_the_fast_one(law: tuple[Fraction, int], monkey
     assert np.array_equal(fast, slow)
 
 
+@pytest.mark.parametrize("margin", [discrete.MARGIN, 0.01])
+@pytest.mark.parametrize(
+    "law",
+    [
+        (Fraction(1, 2), 2),
+        (Fraction(7), 2),
+        (Fraction(1, 800), 2),
+        (Fraction(1, 2**81), 2),
+        (Fraction(1, 2**91), 2),
+        (Fraction(1, 9), 1),
+        (Fraction(1, 2**45), 1),
+    ],
+)
+def test_the_compiled_loop_draws_the_same_numbers(
+    law: tuple[Fraction, int], margin: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Within a wide margin many proposals are left to exact arithmetic, one after another.
+    count = 300_000 if margin == discrete.MARGIN else 5000
+    monkeypatch.setattr(discrete, "MARGIN", margin)
+    drawn, places = [], []
+    for start in (0, count + 1):
+        monkeypatch.setattr(discrete, "COMPILED_FROM", start)
+        stream = insecure_seeded_noise("compiled")
+        drawn.append(discrete._draw(discrete._steps(*law), stream, count))
+        places.append(stream.position)
+    assert np.array_equal(drawn[0], drawn[1])
+    assert places[0] == places[1]
+
+
 def test_the_slow_path_asks_for_more_bits_until_it_knows() -> None:
     """U is 1/e to 300 bits, just below and just above: the first 64 bits cannot tell, nor can 128 or 256."""
     bits = 1024
