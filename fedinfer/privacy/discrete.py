@@ -18,12 +18,14 @@ comparing a uniform number digit by digit; Marsaglia and Tsang 2000, doi:10.1863
 Not promised: constant time. The number of proposals depends on the noise.
 """
 
+import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +34,7 @@ from numpy.typing import NDArray
 from fedinfer.errors import BadUsage
 
 Integers = NDArray[np.int64]
+log = logging.getLogger("fedinfer.privacy")
 
 MARGIN = 2.0**-40
 ENTRIES = 2**16
@@ -164,7 +167,7 @@ def _steps(rate: Fraction, power: int) -> _Steps:
 def _draw(steps: _Steps, stream: Bits, count: int) -> Integers:
     out = np.empty(count, np.int64)
     filled = 0
-    fill = _fill if count < COMPILED_FROM else _fill_compiled
+    fill = _fill if count < COMPILED_FROM or _kernel() is None else _fill_compiled
     with stream.alone():
         while filled < count:
             place = stream.position
@@ -185,12 +188,23 @@ def _fill(steps: _Steps, words: NDArray[np.uint64], out: Integers, stream: Bits,
     return int(chosen[-1]) + 1 if len(chosen) == len(out) else len(words), len(chosen)
 
 
+@cache
+def _kernel() -> Callable[..., tuple[int, int]] | None:
+    """The compiled loop; None where it cannot be, as on a disk that nobody may write compiled code to."""
+    try:
+        from fedinfer.privacy.discrete_kernel import fill
+    except (ImportError, RuntimeError) as error:
+        log.warning("noise is drawn at half the speed: %s", error)
+        return None
+    return fill
+
+
 def _fill_compiled(
     steps: _Steps, words: NDArray[np.uint64], out: Integers, stream: Bits, place: int
 ) -> tuple[int, int]:
     """What `_fill` does, proposal by proposal: those that are not certain are decided by `_decide`."""
-    from fedinfer.privacy.discrete_kernel import fill
-
+    fill = _kernel()
+    assert fill is not None
     law = (steps.blocks, steps.surely, steps.heights, float(steps.rate), steps.power, steps.shift, MARGIN)
     read = wrote = 0
     while True:

@@ -1,7 +1,9 @@
 """The discrete laws are exact: their steps in integers, the slow path, chi-square tests that see 2 % of sigma."""
 
 import json
+import logging
 import math
+import sys
 from dataclasses import replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -165,6 +167,23 @@ def test_the_compiled_loop_draws_the_same_numbers(
         places.append(stream.position)
     assert np.array_equal(drawn[0], drawn[1])
     assert places[0] == places[1]
+
+
+def test_a_device_that_cannot_compile_draws_the_same_numbers_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = discrete_gaussian(insecure_seeded_noise("device"), variance=2**80, count=10_000)
+    discrete._kernel.cache_clear()
+    monkeypatch.setitem(sys.modules, "fedinfer.privacy.discrete_kernel", None)
+    try:
+        with caplog.at_level(logging.WARNING, logger="fedinfer.privacy"):
+            for _ in range(2):
+                again = discrete_gaussian(insecure_seeded_noise("device"), variance=2**80, count=10_000)
+        assert discrete._kernel() is None
+    finally:
+        discrete._kernel.cache_clear()
+    assert np.array_equal(again, compiled)
+    assert len([record for record in caplog.records if "half the speed" in record.message]) == 1
 
 
 def test_the_slow_path_asks_for_more_bits_until_it_knows() -> None:
