@@ -134,7 +134,7 @@ def _steps(rate: Fraction, power: int) -> _Steps:
     while exponent(16 << (shift + 1)) <= 1:
         shift += 1
     count = 1
-    while exponent(count << shift) < 12:
+    while exponent(count << shift) < 9:
         count += 1
     start = count << shift
     # The exponent is convex: each superblock adds at least 1 to it, and e > 2 pays for its half probability.
@@ -252,7 +252,7 @@ def _decide_one(steps: _Steps, x: int, block: int, level: int, stream: Bits, pla
     else:
         x, odds = _tail(steps, stream, place, negative=x < 0)
         if odds < MOST_FLOAT_ODDS:
-            # Here exponent · odds · exp(-exponent) is at most 12: floats err as little as nearer to zero.
+            # Here exponent · odds · exp(-exponent) is at most 9: floats err as little as nearer to zero.
             gap = float(odds) * math.exp(-float(steps.rate) * abs(float(x)) ** steps.power) - level * 2.0**-64
             if abs(gap) > MARGIN:
                 return x, gap > 0.0
