@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from fedinfer.errors import BadUsage
 
 Integers = NDArray[np.int64]
+Kernel = Callable[..., tuple[int, int, int, int]]
 log = logging.getLogger("fedinfer.privacy")
 
 MARGIN = 2.0**-40
@@ -107,7 +108,7 @@ def uniform_below(stream: Bits, *, limit: int, count: int) -> Integers:
 class _Steps:
     """The steps above one law: `blocks` [entry] is a block; the arrays by block end with the tail.
 
-    A proposal of a block is kept if U < `heights` [block] · exp(-exponent), and surely if U · 2^64 < `surely` [block].
+    A proposal of a block is kept if U < `odds` [block] · exp(-exponent), and surely if U · 2^64 < `surely` [block].
     """
 
     rate: Fraction
@@ -116,7 +117,7 @@ class _Steps:
     scale: int
     blocks: NDArray[np.uint16]
     weights: NDArray[np.int64]
-    heights: NDArray[np.float64]
+    odds: NDArray[np.float64]
     surely: NDArray[np.uint64]
     tail_start: int
     tail_shift: int
@@ -157,7 +158,7 @@ def _steps(rate: Fraction, power: int) -> _Steps:
         scale=scale,
         blocks=np.repeat(np.arange(count + 1, dtype=np.uint16), weights),
         weights=weights,
-        heights=scale / weights,
+        odds=scale / weights,
         surely=np.array([*surely, 0], np.uint64),
         tail_start=start,
         tail_shift=tail_shift,
@@ -167,7 +168,8 @@ def _steps(rate: Fraction, power: int) -> _Steps:
 def _draw(steps: _Steps, stream: Bits, count: int) -> Integers:
     out = np.empty(count, np.int64)
     filled = 0
-    fill = _fill if count < COMPILED_FROM or _kernel() is None else _fill_compiled
+    kernel = _kernel() if count >= COMPILED_FROM else None
+    fill = _fill if kernel is None else partial(_fill_compiled, kernel)
     with stream.alone():
         while filled < count:
             place = stream.position
@@ -189,7 +191,7 @@ def _fill(steps: _Steps, words: NDArray[np.uint64], out: Integers, stream: Bits,
 
 
 @cache
-def _kernel() -> Callable[..., tuple[int, int]] | None:
+def _kernel() -> Kernel | None:
     """The compiled loop; None where it cannot be, as on a disk that nobody may write compiled code to."""
     try:
         from fedinfer.privacy.discrete_kernel import fill
@@ -200,23 +202,17 @@ def _kernel() -> Callable[..., tuple[int, int]] | None:
 
 
 def _fill_compiled(
-    steps: _Steps, words: NDArray[np.uint64], out: Integers, stream: Bits, place: int
+    kernel: Kernel, steps: _Steps, words: NDArray[np.uint64], out: Integers, stream: Bits, place: int
 ) -> tuple[int, int]:
-    """What `_fill` does, proposal by proposal: those that are not certain are decided by `_decide`."""
-    fill = _kernel()
-    assert fill is not None
-    law = (steps.blocks, steps.surely, steps.heights, float(steps.rate), steps.power, steps.shift, MARGIN)
+    """What `_fill` does, by the compiled loop as far as it is certain."""
+    law = (steps.blocks, steps.surely, steps.odds, float(steps.rate), steps.power, steps.shift, MARGIN)
     read = wrote = 0
     while True:
-        more_read, more_wrote = fill(words[read:], out[wrote:], *law)
+        more_read, more_wrote, x, block = kernel(words[read:], out[wrote:], *law)
         read, wrote = read + more_read, wrote + more_wrote
         if read == len(words) or wrote == len(out):
             return read, wrote
-        first, level = (int(word) for word in words[read])
-        block = int(steps.blocks[first & (ENTRIES - 1)])
-        x = (block << steps.shift) + ((first >> 17) & ((1 << steps.shift) - 1))
-        x ^= -((first >> 16) & 1)
-        x, kept = _decide_one(steps, x, block, level, stream, place + PROPOSAL_BYTES * read)
+        x, kept = _decide_one(steps, x, block, int(words[read, 1]), stream, place + PROPOSAL_BYTES * read)
         if kept:
             out[wrote] = x
             wrote += 1
@@ -236,7 +232,7 @@ def _decide(
     kept = level < steps.surely[block]
     open_ = np.flatnonzero(~kept)
     exponent = float(steps.rate) * np.abs(x[open_].astype(np.float64)) ** steps.power
-    gap = steps.heights[block[open_]] * np.exp(-exponent) - level[open_] * 2.0**-64
+    gap = steps.odds[block[open_]] * np.exp(-exponent) - level[open_] * 2.0**-64
     kept[open_] = gap > 0.0
     in_tail = block[open_] == len(steps.weights) - 1
     for index in open_[in_tail | (np.abs(gap) <= MARGIN)]:
@@ -252,7 +248,7 @@ def _decide_one(steps: _Steps, x: int, block: int, level: int, stream: Bits, pla
     else:
         x, odds = _tail(steps, stream, place, negative=x < 0)
         if odds < MOST_FLOAT_ODDS:
-            # Here exponent · odds · exp(-exponent) is at most 9: floats err as little as nearer to zero.
+            # exponent · odds · exp(-exponent) is below 16 in the tail: floats err by less than 2^-46 here too.
             gap = float(odds) * math.exp(-float(steps.rate) * abs(float(x)) ** steps.power) - level * 2.0**-64
             if abs(gap) > MARGIN:
                 return x, gap > 0.0
