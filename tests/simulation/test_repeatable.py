@@ -1,7 +1,7 @@
 """The same seed gives the same bits; and nothing assumes that a tensor is on the CPU."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,6 +76,27 @@ def test_threads_and_memory_do_not_change_a_bit(name: str, ours: bool, monkeypat
     for workers, memory_bytes in ((1, 1 << 30), (2, 1 << 30), (5, 1 << 14)):
         got = run(workers, memory_bytes)
         assert all(np.array_equal(expected[key], got[key]) for key in expected)
+
+
+def test_workers_get_chunks_of_like_clients_that_are_as_large_as_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectorised, "CHUNK_BYTES", 1 << 14)
+    sizes: list[int] = []
+    train = vectorised.train_chunk
+
+    def counted(task: LocalTask, stack: Stack, members: Sequence[vectorised.Ready]) -> cohort.Trained:
+        sizes.append(len(members))
+        return train(task, stack, members)
+
+    monkeypatch.setattr(vectorised, "train_chunk", counted)
+
+    def alike(partition: int, partitions: int) -> tuple[Tensor, Tensor]:
+        return torch.ones(6, INPUTS), torch.zeros(6, dtype=torch.long)
+
+    task = task_of(None)
+    simulate(federation(task, rounds=1), task.client_app(alike), num_clients=CLIENTS, seed=3)
+    assert sum(sizes) == CLIENTS
+    assert len(sizes) > 2
+    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.long
