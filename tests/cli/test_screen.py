@@ -15,7 +15,7 @@ import pytest
 from flwr.app import Message
 
 from fedinfer.cli.console import show_table
-from fedinfer.cli.stopping import stop_between_steps, way_on
+from fedinfer.cli.stopping import before_rounds, stop_between_steps, way_on
 from fedinfer.models import load
 from fedinfer.privacy import PrivacyLedger
 from fedinfer.settings import RunConfig
@@ -99,6 +99,14 @@ def test_no_release_is_lost_to_ctrl_c_at_any_wave(
             with PrivacyLedger.open(path) as ledger:
                 charged = [(it.reserved, it.committed, it.repeated) for it in ledger.summary().runs]
             assert charged == [(done, done, 0)] * (done > 0)
+
+
+def test_a_sum_that_is_asked_for_again_is_the_same_round() -> None:
+    asked: list[str] = []
+    before = before_rounds(lambda: asked.append(group))
+    for group in ["set-up 1", "set-up 3", "1", "sum 1, signing", "set-up 1", "1", "sum 1, revealing", "2"]:
+        before(group)
+    assert asked == ["1", "2"]
 
 
 def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:

@@ -234,12 +234,29 @@ def test_the_tail_is_drawn_and_never_overflows() -> None:
     for steps in (discrete._steps(Fraction(1, 2**91), 2), discrete._steps(Fraction(1, 2**45), 1)):
         x, _ = discrete._tail(steps, far, 0, negative=True)
         assert -(2**62) < x < -(2**50)
+        # Its odds are no float.
+        assert discrete._decide_one(steps, -1, len(steps.weights) - 1, 2**63, far, 0) == (x, False)
     # With fewer zero bits it is kept: U is 0.
     steps = discrete._steps(Fraction(1, 2), 2)
     words = np.frombuffer(far.take(16), "<u8").reshape(1, 2)
     x, kept = discrete._decide(steps, words, insecure_seeded_noise("tail"), 0)
     assert x[0] <= -1 - steps.tail_start
     assert kept.all()
+
+
+def test_what_floats_cannot_decide_in_the_tail_is_decided_exactly() -> None:
+    steps, stream = discrete._steps(Fraction(1, 200), 2), insecure_seeded_noise("tail")
+    tail = len(steps.weights) - 1
+    for place in range(0, 1600, 16):
+        x, odds = discrete._tail(steps, stream, place, negative=False)
+        bits = 64
+        low, high = exp_bounds(steps.exponent(x), 2 * bits)
+        # The largest U of 64 bits that is surely below, and the least that is surely above.
+        under = (low * odds.numerator // odds.denominator >> bits) - 1
+        over = (high * odds.numerator // odds.denominator >> bits) + 1
+        for level, kept in ((under, True), (over, False)):
+            if 0 <= level < 2**bits:
+                assert discrete._decide_one(steps, 0, tail, level, stream, place) == (x, kept)
 
 
 @pytest.mark.parametrize("law", [(Fraction(1, 2), 2), (Fraction(1, 200), 2), (Fraction(1, 4), 1)])
