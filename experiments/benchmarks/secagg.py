@@ -7,7 +7,7 @@ work (key agreements, shares, signatures) does not grow with d.
 What comes before the masks is told apart: clipping, rotating and rounding beside Flower's quantisation, which does not
 rotate, and exact noise beside NumPy's floats, which Flower would add and which are no secret noise.
 
-CPU seconds of one thread, medians of interleaved runs.
+CPU seconds of one thread, medians of interleaved runs; matrix products have one too, or a second core's waiting counts.
 
     python -m experiments.benchmarks.secagg [--quick] [--json FILE] [--sweep PLOT.png]
 """
@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
+from threadpoolctl import threadpool_limits
 
 from experiments.benchmarks.flower_secagg import MODULUS, FlowerNode, agreed, new_keys
 from fedinfer.privacy import DistributedPlan, Poisson, discrete_gaussian, os_noise
@@ -353,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"all masks of a client, {parts['neighbours']} neighbours: {client:.0f} ms; a mask takes "
         f"{mask['fedinfer'] / mask['floor']:.2f} × its floor, {parts['aes_bytes_per_s'] / 1e9:.1f} GB/s"
     )
-    coded = encoding(10**6, runs=3 if options.quick else 9)
+    with threadpool_limits(limits=1):
+        coded = encoding(10**6, runs=3 if options.quick else 9)
     print()
     show("clip, rotate, round", coded["quantise_ms"])
     show("share of the noise, padded to 2^20", coded["noise_ms"])
